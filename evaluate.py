@@ -1,0 +1,319 @@
+"""What a model is worth on pictures it has never seen: zero-shot classification and retrieval.
+
+    python evaluate.py out/ckpt.pt                                               # on the held-out data of its training
+    python evaluate.py ckpt.pt --classification imagenet/val --classnames names.txt
+    python evaluate.py ckpt.pt --retrieval dataset_coco.json --images coco --split test
+
+The measures are pure functions of embeddings. Ties count against us: a right answer that shares its similarity with k wrong ones ranks
+below all of them, so a model that gives everybody the same embedding scores 0 and not 100 %. Similarities are the training's own, in
+float32, a block of rows at a time.
+
+Axes: N pictures, M captions or classes, P prompts, D embedding width.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+import data
+import geometry as geo
+from model import load_model
+
+BLOCK = 1024   # rows of a similarity matrix that exist at once
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# measures
+
+def check_finite(**embeddings):
+    for name, x in embeddings.items():
+        if not torch.isfinite(x).all():
+            raise ValueError(f"{int((~torch.isfinite(x)).any(1).sum())} of {len(x)} {name} embeddings are not finite; no ranking is possible")
+
+
+def ranks(similarity, queries, candidates, is_match):
+    """How many wrong candidates are at least as close as the best right one, per query: 0 = right at once.
+
+    queries (N, D), candidates (M, D), is_match(i, j) on broadcast index tensors -> bool -> int64 (N,). NaN in, ValueError out.
+    """
+    check_finite(query=queries, candidate=candidates)
+    numbers, found = torch.arange(len(candidates), device=queries.device), []
+    for start in range(0, len(queries), BLOCK):
+        block = similarity(queries[start:start + BLOCK], candidates)                                # (block, M)
+        match = is_match(torch.arange(start, start + len(block), device=queries.device)[:, None], numbers)
+        best = block.masked_fill(~match, -math.inf).amax(1, keepdim=True)
+        found.append(((block >= best) & ~match).sum(1))
+    return torch.cat(found).cpu()
+
+
+def share_within(ranks, k, candidates):
+    """Share of queries whose right answer is among the first k -> float, or None where k is no real choice among so few candidates."""
+    return (ranks < k).double().mean().item() if k <= candidates and len(ranks) else None
+
+
+def zero_shot_metrics(similarity, images, classes, labels):
+    """images (N, D), classes (M, D), labels int64 (N,) -> dict: top1, top5 (None below five classes), classes, mean_per_class_recall,
+    per_class. Chance is 1/M and 5/M."""
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
+        raise ValueError(f"labels run from {int(labels.min())} to {int(labels.max())}, but there are {len(classes)} classes")
+    labels = labels.to(images.device)
+    found = ranks(similarity, images, classes, lambda i, j: labels[i] == j)
+    labels = labels.cpu()
+    per_class = [share_within(found[labels == c], 1, len(classes)) for c in range(len(classes))]
+    present = [r for r in per_class if r is not None]
+    return dict(top1=share_within(found, 1, len(classes)), top5=share_within(found, 5, len(classes)), classes=len(classes),
+                pictures=len(images), mean_per_class_recall=sum(present) / len(present), per_class=per_class)
+
+
+def retrieval_metrics(similarity, images, texts, owner):
+    """images (N, D), texts (M, D), owner int64 (M,): the picture each caption belongs to; any number of captions per picture.
+
+    -> dict: i2t_r1, i2t_r5, i2t_r10 (a picture is right if any of its captions is among the first k; pictures without captions do not
+    ask, but can be found), t2i_r1, ..., mean_r1 (DataComp's figure), and the chance level of each under `chance`.
+    """
+    N, M = len(images), len(texts)
+    owner = owner.to(images.device)
+    i2t = ranks(similarity, images, texts, lambda i, j: owner[j] == i)
+    t2i = ranks(similarity, texts, images, lambda i, j: owner[i] == j)
+    captions = torch.bincount(owner.cpu(), minlength=N)
+    i2t, asked = i2t[captions > 0], Counter(captions[captions > 0].tolist())
+    out, chance = {}, {}
+    for k in (1, 5, 10):
+        out[f"i2t_r{k}"], out[f"t2i_r{k}"] = share_within(i2t, k, M), share_within(t2i, k, N)
+        chance[f"t2i_r{k}"] = min(1, k / N)   # i2t: 1 - the chance that k captions drawn without return are all somebody else's
+        missed = {c: math.prod(max(0, M - c - i) / max(1, M - i) for i in range(k)) for c in asked}
+        chance[f"i2t_r{k}"] = sum(n * (1 - missed[c]) for c, n in asked.items()) / max(1, len(i2t))
+    both = out["i2t_r1"], out["t2i_r1"]
+    return out | dict(mean_r1=None if None in both else sum(both) / 2, pictures=N, captions=M, chance=chance)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# embeddings of many pictures and texts
+
+class Progress:
+    """One line that counts up with the time left, on a terminal only; silent for what takes less than two seconds."""
+
+    def __init__(self, what, total):
+        self.what, self.total, self.start, self.shown = what, total, time.monotonic(), False
+
+    def __call__(self, done):
+        passed = time.monotonic() - self.start
+        if sys.stderr.isatty() and passed > 2:
+            left = passed / done * (self.total - done)
+            print(f"\r{self.what} {done:,}/{self.total:,}, {left:.0f} s left ", end="" if done < self.total else "\n", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def evaluating(model, dtype=None):
+    """Eval mode, no gradients, autocast where asked; the model is left as it was found."""
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            yield device
+    finally:
+        model.train(was_training)
+
+
+def encode_pictures(model, items, batch_size=64, workers=0, dtype=None):
+    """items: paths, bytes, or numbers of held-out shapes -> embeddings (N, D), in order, on the model's device."""
+    progress, parts, done = Progress("pictures", len(items)), [], 0
+    with evaluating(model, dtype) as device:
+        for images in DataLoader(data.Pictures(items, model.config.image_size), batch_size, num_workers=workers):
+            parts.append(model.encode_image(images.to(device)))
+            done += len(images)
+            progress(done)
+    return torch.cat(parts)
+
+
+def encode_texts(model, texts, batch_size=64, dtype=None):
+    """texts: list of N strings -> embeddings (N, D), in order."""
+    progress, parts = Progress("captions", len(texts)), []
+    with evaluating(model, dtype) as device:
+        for start in range(0, len(texts), batch_size):
+            tokens = data.tokenize(texts[start:start + batch_size], model.config.tokenizer, model.config.context_length)
+            parts.append(model.encode_text(tokens.to(device)))
+            progress(min(len(texts), start + batch_size))
+    return torch.cat(parts)
+
+
+def encode_classes(model, names, templates, batch_size=64, dtype=None):
+    """names of M classes, P templates -> one embedding per class (M, D): the geometry's own average of its prompts."""
+    prompts = encode_texts(model, [t.format(n) for t in templates for n in names], batch_size, dtype)
+    return geo.average(prompts.unflatten(0, (len(templates), len(names))), model.config.geometry)
+
+
+def similarity_of(model):
+    def function(x, y):
+        with torch.no_grad():
+            return model.similarity(x, y)
+    return function
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# protocols: each returns its numbers and a sentence that says how they were made
+
+PROMPTS = ["a photo of a {}.", "a picture of a {}.", "a close-up photo of a {}.", "a good photo of the {}.", "a drawing of a {}."]
+
+
+def zero_shot(model, items, labels, names, templates, **how):
+    images, classes = encode_pictures(model, items, **how), encode_classes(model, names, templates, how.get("batch_size", 64), how.get("dtype"))
+    averaging = "normalised mean" if model.row.retract is geo.normalize else "mean"
+    protocol = f"{len(items)} pictures, {len(names)} classes, {averaging} of {len(templates)} prompts, ranked by {model.config.geometry}/{model.logit}"
+    return zero_shot_metrics(similarity_of(model), images, classes, torch.tensor(labels)) | dict(protocol=protocol, class_names=names)
+
+
+def retrieval(model, items, captions, owner, **how):
+    images, texts = encode_pictures(model, items, **how), encode_texts(model, captions, how.get("batch_size", 64), how.get("dtype"))
+    protocol = f"{len(items)} pictures, {len(captions)} captions, any match counts, ranked by {model.config.geometry}/{model.logit}"
+    return retrieval_metrics(similarity_of(model), images, texts, torch.tensor(owner)) | dict(protocol=protocol)
+
+
+def held_out_source(recipe):
+    """The flags of a training -> the data source that judges it, or None."""
+    return recipe.get("val_data") or ("shapes" if recipe.get("data") == "shapes" else None)
+
+
+def held_out(model, source, **how):
+    """The held-out data of a source -> {"zero_shot": ..., "retrieval": ...}; zero-shot for `shapes` only."""
+    items, captions = data.held_out_pairs(source)
+    results = dict(zero_shot=None, retrieval=retrieval(model, items, captions, range(len(items)), **how))
+    if source == "shapes":
+        scenes = data.held_out_scenes()[:data.HELD_OUT]
+        labels = [data.SHAPE_CLASSES.index(" ".join(data.KINDS[first][1:])) for first, _, _ in scenes]
+        results["zero_shot"] = zero_shot(model, list(range(data.HELD_OUT)), labels, data.SHAPE_CLASSES, data.SHAPE_TEMPLATES, **how)
+    return results
+
+
+def read_lines(path):
+    return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def class_folder(folder, classnames=None, templates=None):
+    """A folder of class folders, sorted = label order -> pictures, labels, names, templates. Raises ValueError for what does not fit."""
+    folders = sorted(p for p in Path(folder).iterdir() if p.is_dir())
+    names = read_lines(classnames) if classnames else [p.name.replace("_", " ") for p in folders]
+    templates = read_lines(templates) if templates else PROMPTS
+    if len(names) != len(folders):
+        raise ValueError(f"{classnames} has {len(names)} names for {len(folders)} class folders in {folder}")
+    if not templates or any("{}" not in t for t in templates):
+        raise ValueError(f"every template needs a {{}} for the class name; got {templates}")
+    pictures = [sorted(p for p in f.rglob("*") if p.suffix.lower() in data.PICTURES) for f in folders]
+    empty = [f.name for f, found in zip(folders, pictures) if not found]
+    if empty or not folders:
+        raise ValueError(f"no pictures in class folder {', '.join(empty[:5])}" if empty else f"no class folders in {folder}")
+    labels = [label for label, found in enumerate(pictures) for _ in found]
+    return [str(p) for found in pictures for p in found], labels, names, templates
+
+
+def karpathy(path, images, split):
+    """Karpathy JSON -> pictures of a split, captions, the picture each caption belongs to. Raises ValueError naming what is missing."""
+    entries = json.loads(Path(path).read_text(encoding="utf-8"))["images"]
+    chosen = [e for e in entries if e.get("split") == split]
+    if not chosen:
+        raise ValueError(f"{path} has no split {split!r}; it has {dict(Counter(e.get('split') for e in entries))}")
+    places = [[os.path.join(images, e.get("filepath") or "", e["filename"]), os.path.join(images, e["filename"])] for e in chosen]
+    items = [next(filter(os.path.exists, p), None) for p in places]
+    missing = [p[0] for p, item in zip(places, items) if item is None]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(chosen)} pictures are not there, the first is {missing[0]}")
+    captions = [(s["raw"], i) for i, e in enumerate(chosen) for s in e["sentences"]]
+    return items, [c for c, _ in captions], [i for _, i in captions]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# the command
+
+def table(results):
+    """Results -> lines of text: every figure in per cent beside its chance level, under a sentence that says how it was made."""
+    percent = lambda x: "     -" if x is None else f"{100 * x:6.1f}"
+    lines = []
+    if (z := results["zero_shot"]):
+        lines += [f"zero-shot: {z['protocol']}", "                   top-1   top-5   per-class",
+                  f"  accuracy %      {percent(z['top1'])}  {percent(z['top5'])}      {percent(z['mean_per_class_recall'])}",
+                  f"  chance %        {percent(1 / z['classes'])}  {percent(5 / z['classes'] if z['classes'] >= 5 else None)}      {percent(1 / z['classes'])}"]
+    if (r := results["retrieval"]):
+        lines += [f"retrieval: {r['protocol']}", "                     R@1     R@5    R@10"]
+        for way, title in (("i2t", "image to text %"), ("t2i", "text to image %")):
+            lines.append(f"  {title} " + "  ".join(percent(r[f"{way}_r{k}"]) for k in (1, 5, 10)))
+            lines.append("  chance %        " + "  ".join(percent(r["chance"][f"{way}_r{k}"]) for k in (1, 5, 10)))
+    return "\n".join(lines)
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("checkpoint", help="ours, or one that open_clip trained")
+    add("--classification", metavar="DIR", help="zero-shot on a folder of class folders; sorted = label order")
+    add("--classnames", metavar="FILE", help="one name a line, in the order of the sorted folders (default: the folders' names)")
+    add("--templates", metavar="FILE", help="one prompt a line, {} for the class name (default: five of our own)")
+    add("--retrieval", metavar="JSON", help="retrieval on a Karpathy JSON")
+    add("--images", metavar="DIR", help="where its pictures lie")
+    add("--split", default="test")
+    add("--json", metavar="FILE", help="write all results there")
+    for name in ("geometry", "logit", "tokenizer"):
+        add(f"--{name}", help="for foreign checkpoints, which do not say")
+    add("--quick_gelu", action="store_true", default=None, help="for OpenAI's own weights")
+    add("--vision_heads", type=int, help="for foreign checkpoints (default: width / 64)")
+    add("--text_heads", type=int)
+    add("--device", help="default: cuda, else mps, else cpu")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the towers")
+    add("--batch_size", type=int, default=64)
+    add("--workers", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def pick_device(name=None):
+    """A name, or the best there is -> torch.device. Raises ValueError where the machine has none of that kind."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:   # a torch built without CUDA asserts
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def run(args):
+    foreign = {k: getattr(args, k) for k in ("geometry", "logit", "tokenizer", "quick_gelu", "vision_heads", "text_heads")}
+    model = load_model(args.checkpoint, **foreign).to(pick_device(args.device))
+    how = dict(batch_size=args.batch_size, workers=args.workers, dtype=torch.bfloat16 if args.dtype == "bfloat16" else None)
+    results = dict(zero_shot=None, retrieval=None)
+    if args.classification:
+        results["zero_shot"] = zero_shot(model, *class_folder(args.classification, args.classnames, args.templates), **how)
+    if args.retrieval:
+        if not args.images:
+            raise ValueError("--retrieval needs --images, the folder that the pictures lie in")
+        results["retrieval"] = retrieval(model, *karpathy(args.retrieval, args.images, args.split), **how)
+    if not args.classification and not args.retrieval:
+        source = held_out_source(model.recipe)
+        if source is None:
+            raise ValueError(f"{args.checkpoint} names no held-out data of its own; give --retrieval JSON --images DIR or --classification DIR")
+        results = held_out(model, source, **how)
+    print(table(results))
+    empty = dict(zero_shot=dict.fromkeys(("top1", "top5", "classes")),
+                 retrieval=dict.fromkeys(f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)))
+    if args.json:
+        Path(args.json).write_text(json.dumps({task: results[task] or empty[task] for task in empty}, indent=1) + "\n")
+
+
+def main():
+    args = parse()
+    try:
+        run(args)
+    except (ValueError, OSError) as error:   # what a user can mend gets a sentence
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

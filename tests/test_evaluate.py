@@ -1,0 +1,155 @@
+"""evaluate.py: measures by hand, ties, folders and JSON files, the command."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+from test_model import ROOT, save_ours, small
+
+INNER = lambda x, y: x @ y.T
+
+
+def test_recall_by_hand():
+    """Three pictures, four captions: 0 and 1 are picture 0's, 2 is picture 1's, 3 is picture 2's."""
+    images = torch.eye(3)
+    texts = torch.tensor([[0.9, 0, 0], [0.1, 0.5, 0], [0, 0.4, 0.6], [0, 0.7, 0.3]])
+    owner = torch.tensor([0, 0, 1, 2])
+    m = evaluate.retrieval_metrics(INNER, images, texts, owner)
+    # picture 0 finds caption 0 first; picture 1 ranks captions 3, 1, 2; picture 2 ranks captions 2, 3
+    assert m["i2t_r1"] == pytest.approx(1 / 3) and m["i2t_r5"] is None   # four captions: no five first ones
+    # caption 0 finds picture 0; caption 1 finds picture 1 first; caption 2 picture 2; caption 3 picture 1
+    assert m["t2i_r1"] == pytest.approx(1 / 4) and m["t2i_r5"] is None and m["mean_r1"] == pytest.approx((1 / 3 + 1 / 4) / 2)
+    assert m["chance"]["t2i_r1"] == pytest.approx(1 / 3) and m["chance"]["i2t_r1"] == pytest.approx((2 / 4 + 1 / 4 + 1 / 4) / 3)
+
+
+def test_recall_equals_a_sorted_list_on_ragged_captions():
+    """Fault 33: pictures with 0, 1, 5 and 7 captions; brute force by sorting every row."""
+    torch.manual_seed(0)
+    counts = [0, 1, 5, 7] * 5
+    owner = torch.tensor([i for i, n in enumerate(counts) for _ in range(n)])
+    images, texts = torch.randn(20, 6), torch.randn(len(owner), 6)
+    m = evaluate.retrieval_metrics(INNER, images, texts, owner)
+    s = images @ texts.T
+    for k in (1, 5, 10):
+        i2t = [any(owner[j] == i for j in s[i].argsort(descending=True)[:k]) for i in range(20) if counts[i]]
+        t2i = [owner[j] in s[:, j].argsort(descending=True)[:k] for j in range(len(owner))]
+        assert m[f"i2t_r{k}"] == pytest.approx(sum(i2t) / len(i2t)) and m[f"t2i_r{k}"] == pytest.approx(sum(map(int, t2i)) / len(t2i))
+
+
+def test_blocks_of_rows_give_what_one_block_gives(monkeypatch):
+    torch.manual_seed(0)
+    images, texts, owner = torch.randn(50, 4), torch.randn(150, 4), torch.arange(150) % 50
+    whole = evaluate.retrieval_metrics(INNER, images, texts, owner)
+    monkeypatch.setattr(evaluate, "BLOCK", 7)
+    assert evaluate.retrieval_metrics(INNER, images, texts, owner) == whole
+
+
+def test_fault_34_ties_count_against_us_and_nan_is_refused():
+    same = torch.ones(6, 3)
+    m = evaluate.retrieval_metrics(INNER, same, same, torch.arange(6))
+    assert m["i2t_r1"] == m["t2i_r1"] == m["t2i_r5"] == 0
+    assert evaluate.zero_shot_metrics(INNER, same, same, torch.arange(6))["top1"] == 0
+    broken = same.clone()
+    broken[2, 1] = math.nan
+    with pytest.raises(ValueError, match="1 of 6 query embeddings"):
+        evaluate.retrieval_metrics(INNER, broken, same, torch.arange(6))
+
+
+def test_fault_32_zero_shot_by_hand_and_no_top5_below_five_classes():
+    images, classes = torch.eye(3)[[0, 0, 1, 2]], torch.eye(3)
+    m = evaluate.zero_shot_metrics(INNER, images, classes, torch.tensor([0, 1, 1, 2]))
+    assert (m["top1"], m["top5"], m["classes"]) == (0.75, None, 3)
+    assert m["per_class"] == [1, 0.5, 1] and m["mean_per_class_recall"] == pytest.approx(2.5 / 3)
+
+
+def test_fault_31_labels_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="3 classes"):
+        evaluate.zero_shot_metrics(INNER, torch.eye(3), torch.eye(3), torch.tensor([0, 1, 3]))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for name, colour in (("b_red", "red"), ("a_blue", "blue")):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.new("RGB", (40 + i, 40), colour).save(tmp_path / name / f"{i}.png")
+    return tmp_path
+
+
+def test_class_folders_are_read_in_sorted_order(pictures, tmp_path):
+    items, labels, names, templates = evaluate.class_folder(pictures)
+    assert names == ["a blue", "b red"] and labels == [0, 0, 0, 1, 1, 1] and "a_blue" in items[0] and templates == evaluate.PROMPTS
+
+
+def test_fault_31_class_names_templates_and_empty_folders_are_refused(pictures, tmp_path_factory):
+    other = tmp_path_factory.mktemp("lists")
+    (other / "names.txt").write_text("one\n")
+    with pytest.raises(ValueError, match="1 names for 2 class folders"):
+        evaluate.class_folder(pictures, other / "names.txt")
+    for content in ("a photo", ""):
+        (other / "templates.txt").write_text(content)
+        with pytest.raises(ValueError, match="template"):
+            evaluate.class_folder(pictures, templates=other / "templates.txt")
+    (pictures / "c_empty").mkdir()
+    with pytest.raises(ValueError, match="c_empty"):
+        evaluate.class_folder(pictures)
+
+
+def test_karpathy_json_with_any_number_of_captions(pictures):
+    entry = lambda name, split, *captions: dict(filepath="a_blue", filename=name, split=split, sentences=[dict(raw=c) for c in captions])
+    (pictures / "k.json").write_text(json.dumps(dict(images=[entry("0.png", "test", "x", "y"), entry("1.png", "test"), entry("2.png", "train", "z")])))
+    items, captions, owner = evaluate.karpathy(pictures / "k.json", pictures, "test")
+    assert len(items) == 2 and captions == ["x", "y"] and owner == [0, 0]
+    with pytest.raises(ValueError, match="no split 'val'"):
+        evaluate.karpathy(pictures / "k.json", pictures, "val")
+    (pictures / "a_blue" / "1.png").unlink()
+    with pytest.raises(ValueError, match="1 of 2 pictures are not there.*1.png"):
+        evaluate.karpathy(pictures / "k.json", pictures, "test")
+
+
+def test_fault_35_results_do_not_depend_on_batch_size_or_workers_and_the_model_is_left_as_it_was():
+    model = small("hyperbolic", image_size=16).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    results = [evaluate.encode_pictures(model, list(range(20)), **how) for how in (dict(batch_size=1), dict(batch_size=7), dict(batch_size=64, workers=2))]
+    for r in results[1:]:
+        torch.testing.assert_close(r, results[0], rtol=1e-5, atol=1e-6)
+    texts = [evaluate.encode_texts(model, ["a", "some longer text", ""] * 5, batch_size=b) for b in (1, 4, 64)]
+    for t in texts[1:]:
+        torch.testing.assert_close(t, texts[0], rtol=1e-5, atol=1e-6)
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_class_embeddings_are_averages_of_their_prompts():
+    model = small("clip")
+    classes = evaluate.encode_classes(model, ["red", "blue"], ["a {}", "the {}!"])
+    one = evaluate.encode_texts(model, ["a blue", "the blue!"]).mean(0)
+    torch.testing.assert_close(classes[1], one / one.norm())
+
+
+def test_the_command_prints_a_table_with_chance_and_writes_json(pictures, tmp_path):
+    save_ours(tmp_path / "ckpt.pt", small("euclidean", context_length=77))
+    run = lambda *args: subprocess.run([sys.executable, ROOT / "evaluate.py", tmp_path / "ckpt.pt", *args], capture_output=True, text=True, timeout=60)
+    done = run("--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    assert "48 classes" in done.stdout and done.stdout.count("chance %") == 3 and "euclidean/squared" in done.stdout
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["zero_shot"]["classes"] == 48 and 0 <= result["zero_shot"]["top1"] <= 1
+    assert {"i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10"} <= set(result["retrieval"])
+    folders = tmp_path / "classes"
+    folders.mkdir()
+    for name in ("a_blue", "b_red"):
+        (pictures / name).rename(folders / name)
+    done = run("--classification", folders, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["zero_shot"]["top5"] is None and result["zero_shot"]["classes"] == 2 and result["retrieval"]["t2i_r1"] is None
+    done = run("--retrieval", "x.json")
+    assert done.returncode == 2 and "--images" in done.stderr and "Traceback" not in done.stderr
