@@ -6,6 +6,8 @@
     model(images, tokens)["loss"].backward()
     model = load_model("out/ckpt.pt")       # ours, or one that open_clip trained
 
+    python model.py out/ckpt.pt open_clip.pt    # our checkpoint in open_clip's layout
+
 The towers give *features*; the geometry projects them to *embeddings*, which the loss, the evaluation and every file mean. The towers
 may run in bfloat16; from the geometry's projection on everything is float32 (float64 after `.double()`).
 
@@ -17,6 +19,7 @@ Axes: N, M samples, T tokens, C tower width, H heads, D embedding width, R real 
 
 import math
 import re
+import sys
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple, Optional
 
@@ -410,3 +413,21 @@ def check_keys(model, weights, path):
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(f"{path} does not fit a {model.config.geometry} model of its size: {'; '.join(faults[:5])}{more}")
+
+
+def export(source, target):
+    """Write a checkpoint in open_clip's layout, so that its tools can read what was trained here."""
+    model = load_model(source)
+    theirs = {ours: name for name, ours in FOREIGN_NAMES.items()}
+    weights = {theirs.get(key, key.removeprefix("text.")): value for key, value in model.state_dict().items()}
+    torch.save(dict(epoch=0, name="nanoEuCLIP", state_dict=weights), target)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("python model.py out/ckpt.pt open_clip.pt: write our checkpoint in open_clip's layout")
+    try:
+        export(*sys.argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"model.py: {error}", file=sys.stderr)
+        sys.exit(2)

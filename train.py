@@ -409,7 +409,7 @@ def train(c, given):
         done, stopping = step + 1, on_any_process(stop.received)
         if done % c.log_every == 0 or done == steps:
             r = dict(step=done, **dict(zip(losses, mean_over_processes(losses.values()))), grad_norm=grad_norm.item(),
-                     logit_scale=model.logit_scale.exp().item(), curvature=float(model.curvature()), lr=lr)
+                     logit_scale=model.logit_scale.exp().item(), curvature=torch.as_tensor(model.curvature()).item(), lr=lr)
             if not math.isfinite(r["grad_norm"]):   # the same on all processes, so all stop here, before anything is saved
                 raise FloatingPointError(f"the gradient is not finite at step {done} (geometry {c.geometry}): {r}")
             passed, count = time.monotonic() - since, done - first if done - first < c.log_every else (done - 1) % c.log_every + 1

@@ -254,6 +254,26 @@ def test_fault_25_our_file_and_open_clips_layout_with_prefixes_load_the_same_mod
         assert torch.equal(loaded.encode_image(images), model.encode_image(images)) and torch.equal(loaded.encode_text(tokens), model.encode_text(tokens))
 
 
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_export_and_reimport_give_the_same_embeddings_to_the_bit(tmp_path, geometry):
+    model, (images, tokens) = small(geometry), small_batch()
+    save_ours(tmp_path / "ours.pt", model)
+    subprocess.run([sys.executable, ROOT / "model.py", tmp_path / "ours.pt", tmp_path / "theirs.pt"], check=True, timeout=60)
+    assert torch.load(tmp_path / "theirs.pt", weights_only=True)["state_dict"].keys() == in_open_clips_layout(model).keys()
+    again = load_model(tmp_path / "theirs.pt", geometry=geometry, vision_heads=2, text_heads=2, tokenizer="bytes")
+    assert torch.equal(again.encode_image(images), model.encode_image(images)) and torch.equal(again.encode_text(tokens), model.encode_text(tokens))
+
+
+def test_quick_gelu_is_told_for_foreign_files_and_stored_in_ours(tmp_path):
+    model, (images, _) = small("clip", quick_gelu=True), small_batch()
+    torch.save(in_open_clips_layout(model), tmp_path / "theirs.pt")
+    told = load_model(tmp_path / "theirs.pt", geometry="clip", quick_gelu=True, vision_heads=2, text_heads=2)
+    assert torch.equal(told.encode_image(images), model.encode_image(images))
+    save_ours(tmp_path / "ours.pt", told)
+    assert torch.equal(load_model(tmp_path / "ours.pt").encode_image(images), model.encode_image(images))
+    assert not torch.equal(load_model(tmp_path / "theirs.pt", geometry="clip", vision_heads=2, text_heads=2).encode_image(images), model.encode_image(images))
+
+
 def test_a_foreign_file_that_cannot_say_its_geometry_asks_for_it(tmp_path):
     torch.save(in_open_clips_layout(small("clip")), tmp_path / "bare.pt")
     with pytest.raises(ValueError, match="--geometry"):
