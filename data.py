@@ -31,6 +31,7 @@ import math
 import os
 import random
 import re
+import signal
 import tarfile
 import tempfile
 from collections import Counter
@@ -96,7 +97,9 @@ def find_tokenizer(name):
         hint = f"\nput {CLIP_VOCABULARY[0]} there as {hashlib.sha1(CLIP_VOCABULARY[0].encode()).hexdigest()}" if name == "clip" else ""
         raise ValueError(f"the vocabulary of tokenizer {name!r} is neither in tiktoken's cache ({folder}; set TIKTOKEN_CACHE_DIR to use "
                          f"another folder) nor can it be downloaded{hint}") from None
-    except ValueError:
+    except ValueError as error:
+        if name == "clip":   # the file in the cache is not the one that was published
+            raise ValueError(f"CLIP's vocabulary: {error}") from None
         names = ", ".join(["bytes", "clip", *tiktoken.list_encoding_names()])
         raise ValueError(f"no tokenizer {name!r}; choose one of {names}") from None
 
@@ -159,6 +162,9 @@ def load_image(path, size):
     image = to_rgb(open_image(path))
     w, h = image.size
     short = min(w, h)
+    if max(w, h) > 16 * short:   # a strip: cut off what the crop never sees, before resizing makes it huge
+        image = image.crop(((w - min(w, 16 * short)) // 2, (h - min(h, 16 * short)) // 2, (w + min(w, 16 * short)) // 2, (h + min(h, 16 * short)) // 2))
+        w, h = image.size
     image = image.resize((max(size, int(size * w / short)), max(size, int(size * h / short))), Image.Resampling.BICUBIC)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return to_tensor(image.crop((left, top, left + size, top + size)))
@@ -302,8 +308,8 @@ def read_list(source):
             rows = csv.DictReader(file, delimiter="," if source.endswith(".csv") else "\t")
             if not {"filepath", "title"} <= set(rows.fieldnames or ()):
                 raise ValueError(f"{source} needs columns filepath and title; it has {rows.fieldnames}")
-            pairs = [(row["filepath"], (row["title"] or "").strip()) for row in rows]
-        pairs = [(p if os.path.exists(p) else str(path.parent / p), c) for p, c in pairs if c]   # relative to here, or to the list
+            pairs = [(row["filepath"], clean_caption((row["title"] or "").encode())) for row in rows]
+        pairs = [(p if os.path.exists(p) else str(path.parent / p), c) for p, c in pairs if p and c]   # relative to here, or to the list
     else:
         if not path.is_dir():
             raise ValueError(f"no data source {source!r}: not `shapes`, not a .tar, .csv or .tsv, and no folder {path.resolve()}")
@@ -372,6 +378,10 @@ def expand_shards(pattern):
     return shards
 
 
+def is_tar(source):
+    return any(part.endswith(".tar") for part in source.split("::"))
+
+
 def index_shard(path):
     """Read a shard's headers -> [(picture offset, size, caption offset, size, caption in json?)], extensions seen, warning or None.
 
@@ -417,13 +427,14 @@ class Shards:
     def samples(self, reader, readers, cursor, skipped, warnings):
         """Yields (picture bytes, caption, cursor after it)."""
         turn, pool, place = cursor
+        empty = 0   # passes in a row that gave this reader nothing
         while True:
             order = np.random.default_rng((self.seed, turn)).permutation(len(self.shards))
             if len(order) >= readers:
                 mine, share, part = order[reader::readers], 1, 0
             else:
-                mine, part = order[[reader % len(order)]], reader // len(order)
-                share = -(-(readers - reader % len(order)) // len(order))
+                mine, share = order[[reader % len(order)]], -(-(readers - reader % len(order)) // len(order))
+                part = (reader // len(order) + turn) % share   # in turn, so that a shard of few samples starves nobody
             seen, taken = Counter(), 0
             while pool * self.POOL < len(mine):
                 paths = [self.shards[i] for i in mine[pool * self.POOL:(pool + 1) * self.POOL]]
@@ -432,7 +443,7 @@ class Shards:
                     samples, extensions, warning = index_shard(path)
                     pooled += [(path, *s) for s in samples][part::share]
                     seen += extensions
-                    if warning:
+                    if warning and warning not in warnings:
                         warnings.append(warning)
                 if place == 0:
                     skipped["incomplete sample"] += seen.pop("incomplete samples", 0) if part == 0 else 0
@@ -443,7 +454,7 @@ class Shards:
                     try:
                         with open(path, "rb") as file:
                             picture, raw = (file.seek(a) and file.read(n) for a, n in ((at, size), (text_at, text_size)))
-                        caption = str(json.loads(raw).get("caption") or "").strip() if is_json else clean_caption(raw)
+                        caption = clean_caption(str(json.loads(raw).get("caption") or "").encode("utf-8", "replace")) if is_json else clean_caption(raw)
                     except (OSError, ValueError, AttributeError) as error:
                         skipped["shard unreadable" if isinstance(error, OSError) else "caption broken"] += 1
                         continue
@@ -453,8 +464,9 @@ class Shards:
                     taken += 1
                     yield picture, caption, (turn, pool, place)
                 pool, place = pool + 1, 0
-            if not taken and cursor == (0, 0, 0):
-                raise ValueError(f"no sample in a whole pass over {self.shards[mine[0]]}{' and others' if len(mine) > 1 else ''}: extensions seen "
+            empty = 0 if taken else empty + 1
+            if empty > 2 * len(self.shards) + readers:
+                raise ValueError(f"no sample in {empty} passes over {self.shards[mine[0]]}{' and others' if len(mine) > 1 else ''}: extensions seen "
                                  f"{dict(seen)}, wanted {'/'.join(PICTURES)} with .txt or .json (key `caption`); {'; '.join(warnings)}")
             turn, pool, place = turn + 1, 0, 0
 
@@ -499,7 +511,7 @@ class StreamedBatches(Maker, IterableDataset):
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         worker, cursor = self.cursors[info.id if info else 0]
-        skipped, warnings, images, captions = Counter(), [], [], []
+        skipped, warnings, images, captions, dropped, taken = Counter(), [], [], [], Counter(), 0
         stream = self.source.samples(self.process * self.workers + worker, self.processes * self.workers, cursor, skipped, warnings)
         try:
             for picture, caption, cursor in stream:
@@ -508,14 +520,28 @@ class StreamedBatches(Maker, IterableDataset):
                     images.append(load_training_crop(picture, self.image_size, self.crop_scale, rng))
                 except Exception as error:   # Pillow's decoders raise nearly anything on damaged files
                     skipped[skip_reason(error)] += 1
+                    refuse_if_too_many_are_bad(dropped + skipped, taken)
                     continue
                 captions.append(caption)
                 if len(images) == self.batch_size:
                     yield self.batch(images, captions, skipped=dict(skipped), warnings=list(warnings), cursor=(worker, cursor))
+                    dropped, taken = dropped + skipped, taken + len(images)
                     for part in skipped, warnings, images, captions:
                         part.clear()
         except ValueError as error:
             yield dict(error=str(error))
+
+
+def refuse_if_too_many_are_bad(skipped, taken):
+    bad = sum(skipped.values())
+    if bad + taken >= 1000 and bad > 0.1 * (bad + taken):
+        raise ValueError(f"{bad} of {bad + taken} samples cannot be used: {dict(skipped)}")
+
+
+def leave_signals_to_the_trainer(worker):
+    """A signal goes to all processes of a group; the one that trains decides when the loading ones end."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Steps:
@@ -547,9 +573,9 @@ class Batches:
     def __init__(self, source, batch_size, image_size, tokenizer, context_length, crop_scale=0.9, seed=0, process=0, processes=1,
                  workers=0, step=0, states=None, pin_memory=False):
         self.skipped, self.taken, self.warned, readers = Counter(), 0, set(), max(1, workers)
-        settings = dict(num_workers=workers, pin_memory=pin_memory, prefetch_factor=4 if workers else None)
+        settings = dict(num_workers=workers, pin_memory=pin_memory, prefetch_factor=4 if workers else None, worker_init_fn=leave_signals_to_the_trainer)
         share, recipe = batch_size // processes, (seed, image_size, crop_scale, tokenizer, context_length)
-        if ".tar" in source:
+        if is_tar(source):
             turn = 0
             if states and [len(s) for s in states] != [readers] * processes:   # other readers: each sample belongs to somebody else now
                 turn, states = 1 + max(c[0] for s in states for _, c in s), None
@@ -575,9 +601,7 @@ class Batches:
             if cursor:   # workers take turns: the one that has just delivered goes to the end of the queue
                 self.state = self.state[1:] + [cursor]
             self.taken += len(batch["images"])
-            bad = sum(self.skipped.values())
-            if bad + self.taken >= 1000 and bad > 0.1 * (bad + self.taken):
-                raise ValueError(f"{bad} of {bad + self.taken} samples cannot be used: {dict(self.skipped)}")
+            refuse_if_too_many_are_bad(self.skipped, self.taken)
             yield batch
 
 
@@ -585,7 +609,7 @@ class Batches:
 # held-out data
 
 class Pictures(Dataset):
-    """Items: paths, bytes, or numbers of held-out shapes -> uint8 (3, size, size), the evaluation crop."""
+    """Items: paths, bytes, or numbers of held-out shapes -> uint8 (3, size, size), the evaluation crop; a sentence where there is none."""
 
     def __init__(self, items, size):
         self.items, self.size = items, size
@@ -595,19 +619,25 @@ class Pictures(Dataset):
 
     def __getitem__(self, i):
         item = self.items[i]
-        return held_out_shape(item, self.size) if isinstance(item, int) else load_image(item, self.size)
+        try:
+            return held_out_shape(item, self.size) if isinstance(item, int) else load_image(item, self.size)
+        except Exception as error:   # Pillow's decoders raise nearly anything on damaged files
+            return f"picture {i} ({item if isinstance(item, str) else f'{len(item):,} bytes'}) cannot be read: {error}"
+
+
+def stack_pictures(items):
+    """What came out of `Pictures` -> uint8 (N, 3, size, size), or the first sentence among it."""
+    return next((i for i in items if isinstance(i, str)), None) or torch.stack(items)
 
 
 def held_out_pairs(source):
-    """A data source, read once in order -> (pictures for `Pictures`, [caption]), matching one to one."""
+    """A data source, read once, in a fixed order -> (pictures for `Pictures`, [caption]), matching one to one."""
     if source == "shapes":
         twos = range(HELD_OUT, 2 * HELD_OUT)
         return list(twos), [describe(held_out_scenes()[i], 4, None) for i in twos]
-    if ".tar" in source:
-        shards = Shards(source, 0)
-        count = sum(len(index_shard(path)[0]) for path in shards.shards)
-        stream = itertools.takewhile(lambda s: s[2][0] == 0, shards.samples(0, 1, (0, 0, 0), Counter(), []))
-        pairs = [(picture, caption) for picture, caption, _ in itertools.islice(stream, count)]
+    if is_tar(source):
+        stream = Shards(source, 0).samples(0, 1, (0, 0, 0), Counter(), [])
+        pairs = [(picture, caption) for picture, caption, _ in itertools.takewhile(lambda sample: sample[2][0] == 0, stream)]
     else:
         pairs = read_list(source)
     return [p for p, _ in pairs], [c for _, c in pairs]

@@ -128,7 +128,10 @@ def encode_pictures(model, items, batch_size=64, workers=0, dtype=None):
     """items: paths, bytes, or numbers of held-out shapes -> embeddings (N, D), in order, on the model's device."""
     progress, parts, done = Progress("pictures", len(items)), [], 0
     with evaluating(model, dtype) as device:
-        for images in DataLoader(data.Pictures(items, model.config.image_size), batch_size, num_workers=workers):
+        for images in DataLoader(data.Pictures(items, model.config.image_size), batch_size, num_workers=workers, collate_fn=data.stack_pictures,
+                                 worker_init_fn=data.leave_signals_to_the_trainer):
+            if isinstance(images, str):   # left out, it would make the figure another one
+                raise ValueError(images)
             parts.append(model.encode_image(images.to(device)))
             done += len(images)
             progress(done)
@@ -137,10 +140,12 @@ def encode_pictures(model, items, batch_size=64, workers=0, dtype=None):
 
 def encode_texts(model, texts, batch_size=64, dtype=None):
     """texts: list of N strings -> embeddings (N, D), in order."""
-    progress, parts = Progress("captions", len(texts)), []
+    progress, parts, config = Progress("captions", len(texts)), [], model.config
+    if data.find_tokenizer(config.tokenizer)[1] != config.vocab_size:
+        raise ValueError(f"tokenizer {config.tokenizer} has {data.find_tokenizer(config.tokenizer)[1]:,} tokens, the model {config.vocab_size:,}; give --tokenizer")
     with evaluating(model, dtype) as device:
         for start in range(0, len(texts), batch_size):
-            tokens = data.tokenize(texts[start:start + batch_size], model.config.tokenizer, model.config.context_length)
+            tokens = data.tokenize(texts[start:start + batch_size], config.tokenizer, config.context_length)
             parts.append(model.encode_text(tokens.to(device)))
             progress(min(len(texts), start + batch_size))
     return torch.cat(parts)
@@ -148,7 +153,7 @@ def encode_texts(model, texts, batch_size=64, dtype=None):
 
 def encode_classes(model, names, templates, batch_size=64, dtype=None):
     """names of M classes, P templates -> one embedding per class (M, D): the geometry's own average of its prompts."""
-    prompts = encode_texts(model, [t.format(n) for t in templates for n in names], batch_size, dtype)
+    prompts = encode_texts(model, [t.replace("{}", n) for t in templates for n in names], batch_size, dtype)
     return geo.average(prompts.unflatten(0, (len(templates), len(names))), model.config.geometry)
 
 
@@ -183,9 +188,9 @@ def held_out_source(recipe):
     return recipe.get("val_data") or ("shapes" if recipe.get("data") == "shapes" else None)
 
 
-def held_out(model, source, **how):
-    """The held-out data of a source -> {"zero_shot": ..., "retrieval": ...}; zero-shot for `shapes` only."""
-    items, captions = data.held_out_pairs(source)
+def held_out(model, source, pairs=None, **how):
+    """The held-out data of a source -> {"zero_shot": ..., "retrieval": ...}; zero-shot for `shapes` only. `pairs`: the data, if read already."""
+    items, captions = pairs or data.held_out_pairs(source)
     results = dict(zero_shot=None, retrieval=retrieval(model, items, captions, range(len(items)), **how))
     if source == "shapes":
         scenes = data.held_out_scenes()[:data.HELD_OUT]
@@ -217,7 +222,14 @@ def class_folder(folder, classnames=None, templates=None):
 
 def karpathy(path, images, split):
     """Karpathy JSON -> pictures of a split, captions, the picture each caption belongs to. Raises ValueError naming what is missing."""
-    entries = json.loads(Path(path).read_text(encoding="utf-8"))["images"]
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))["images"]
+        return karpathy_split(entries, path, images, split)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a Karpathy JSON (images: filename, split, sentences: raw): {error}") from None
+
+
+def karpathy_split(entries, path, images, split):
     chosen = [e for e in entries if e.get("split") == split]
     if not chosen:
         raise ValueError(f"{path} has no split {split!r}; it has {dict(Counter(e.get('split') for e in entries))}")
@@ -227,6 +239,8 @@ def karpathy(path, images, split):
     if missing:
         raise ValueError(f"{len(missing)} of {len(chosen)} pictures are not there, the first is {missing[0]}")
     captions = [(s["raw"], i) for i, e in enumerate(chosen) for s in e["sentences"]]
+    if not captions:
+        raise ValueError(f"split {split!r} of {path} has no captions")
     return items, [c for c, _ in captions], [i for _, i in captions]
 
 
@@ -284,6 +298,9 @@ def pick_device(name=None):
 
 
 def run(args):
+    for name, needs in (("classnames", "classification"), ("templates", "classification"), ("images", "retrieval")):
+        if getattr(args, name) and not getattr(args, needs):
+            raise ValueError(f"--{name} says nothing without --{needs}")
     foreign = {k: getattr(args, k) for k in ("geometry", "logit", "tokenizer", "quick_gelu", "vision_heads", "text_heads")}
     model = load_model(args.checkpoint, **foreign).to(pick_device(args.device))
     how = dict(batch_size=args.batch_size, workers=args.workers, dtype=torch.bfloat16 if args.dtype == "bfloat16" else None)

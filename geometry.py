@@ -51,7 +51,8 @@ def full_precision(function):
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
         lift = lambda v: v.float() if torch.is_tensor(v) and v.dtype in (torch.bfloat16, torch.float16) else v
-        with torch.autocast(args[0].device.type, enabled=False):
+        device = next(v.device for v in (*args, *kwargs.values()) if torch.is_tensor(v))
+        with torch.autocast(device.type, enabled=False):
             return function(*map(lift, args), **{k: lift(v) for k, v in kwargs.items()})
     wrapper.__signature__ = inspect.signature(function)
     return wrapper
@@ -77,7 +78,8 @@ def half_aperture(k, r):
 # radius, direction, haversine
 
 def polar(x, curv=1.0):
-    """x (N, D) -> radius sqrt(curv) |x| (N, 1) and unit direction (N, D); the root has radius and direction 0, with zero gradient."""
+    """x (N, D) -> radius sqrt(curv) |x| (N, 1) and unit direction (N, D). At the root both are 0: there the law multiplies whatever depends
+    on the direction by a radius of 0, so no gradient gets through."""
     r = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return curv ** 0.5 * r, x / torch.where(r > 0, r, 1.0)
 
@@ -295,7 +297,7 @@ def similarity(x, y, geometry, logit=None, curv=1.0):
     x (N, D), y (M, D) embeddings, curv > 0 (hyperbolic only) -> (N, M). clip: cosine in [-1, 1] or arc in [-pi, 0]; euclidean: squared
     or distance <= 0, inner any; hyperbolic: distance or squared <= 0, inner <= -1/curv. Unit: that of the embeddings, or its square:
     scaling every embedding by s asks for a logit scale smaller by s (distance), s^2 (squared, inner).
-    Raises ValueError for unknown names or widths that differ. Source: EuCLIP, section 3 (its eight logits).
+    Raises ValueError for unknown names or widths that differ. Source: EuCLIP and its authors' code (eight logits).
     """
     row, logit = find(geometry, logit)
     if x.shape[-1] != y.shape[-1]:
@@ -309,7 +311,7 @@ def entailment_loss(text, image, geometry, min_radius=0.1, curv=1.0):
 
     text, image (N, D), row by row (one may be (1, D)) -> (N,) in radians, [0, pi]; 0 = inside. min_radius K > 0: within K of the root
     (hyperbolic: where sinh(a) < 2K) the cone is a half-space. Its mean over the batch, times lambda, is added to the contrastive loss.
-    Raises ValueError for a geometry without cones. Source: EuCLIP, Figure 1; MERU, equations 4-6.
+    Raises ValueError for a geometry without cones. Source: EuCLIP, Figure 1; MERU.
     """
     row, _ = find(geometry)
     if row.cone is None:
@@ -334,7 +336,7 @@ def path_to_root(x, steps, geometry, root=None):
     """Points on the way from each embedding to the root, evenly spaced in tangent coordinates (clip: normalised again).
 
     x (N, D), steps >= 2 -> (steps, N, D): x first, root last, both included. root as in `distance_to_root`.
-    Source: MERU, section 4.3 (50 steps); EuCLIP, Figures 3 and 5.
+    Source: MERU (50 steps); EuCLIP, Figures 3 and 5.
     """
     row, _ = find(geometry)
     t = torch.linspace(0, 1, steps, device=x.device, dtype=x.dtype).view(-1, 1, 1)

@@ -88,7 +88,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)   # autograd's own tensor must not be summed in place
         dist.all_reduce(grad)
         return grad.chunk(world_size())[rank()]
 
@@ -312,7 +312,7 @@ class CLIP(nn.Module):
                 out["loss"] = contrastive + entailment_weight * outside.mean()
             out.update(entailment=outside.detach().mean(), inside=(outside.detach() == 0).to(outside.dtype).mean())
         with torch.no_grad():
-            root = self.row.root(torch.cat([image, text]))
+            root = self.row.root(torch.cat([all_image, all_text]))
             for name, x in ("text_radius", text), ("image_radius", image):
                 out[name] = geo.distance_to_root(x, self.config.geometry, root).mean()
         return out
@@ -361,15 +361,16 @@ def load_model(path, **overrides):
         known = {f.name for f in fields(Config)}
         config, weights = Config(**{k: v for k, v in checkpoint["model_config"].items() if k in known}), checkpoint["model"]
         for key, value in overrides.items():
-            if asdict(config).get(key) != value:
-                raise ValueError(f"{path} was trained with {key} {getattr(config, key, None)!r}, not {value!r}")
+            stored = geo.find(config.geometry, config.logit)[1] if key == "logit" else getattr(config, key)
+            if stored != value:
+                raise ValueError(f"{path} was trained with {key} {stored!r}, not {value!r}")
     else:
         weights = native_names(checkpoint.get("state_dict", checkpoint))
         config = infer_config(weights, path, **overrides)
     model = CLIP(config)
     check_keys(model, weights, path)
     model.load_state_dict(weights)
-    model.clamp_scalars()
+    model.clamp_scalars()   # the authors clamp the curvature as they read it
     model.recipe = checkpoint.get("train_config", {})   # the flags it was trained with; a foreign file has none
     return model.eval()
 

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
 import geometry as geo
-from data import Batches, find_tokenizer
+from data import Batches, find_tokenizer, held_out_pairs
 from model import CLIP, PRESETS, Config, check_keys, load_model, rank, read_checkpoint, world_size
 
 
@@ -145,18 +145,18 @@ def join_processes(device):
 
 def mean_over_processes(values):
     """0-d tensors -> their means over all processes, as floats."""
-    values = torch.stack([v.float() for v in values])
+    values = torch.stack([v.detach().float() for v in values])
     if world_size() > 1:
         dist.all_reduce(values)
     return (values / world_size()).tolist()
 
 
-def on_any_process(flag):
-    """A flag that is up on any process is up on all. It travels by gloo, so that no GPU has to wait for it."""
-    flag = torch.tensor(int(flag))
+def on_any_process(raised):
+    """What is true on any process is true on all. It travels by gloo, so that no GPU has to wait for it."""
+    raised = torch.tensor(int(raised))
     if world_size() > 1:
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+    return bool(raised)
 
 
 def from_process_0(function):
@@ -175,7 +175,7 @@ def from_process_0(function):
 
 
 class StopSignals:
-    """SIGTERM (a cluster takes its machine back) and Ctrl-C do not end the program: they ask it to finish the step and save."""
+    """SIGTERM (a cluster takes its machine back) and Ctrl-C do not end the program: they ask it to finish the step and save. A second one ends it."""
 
     def __init__(self):
         self.received = False
@@ -184,11 +184,12 @@ class StopSignals:
 
     def receive(self, number, frame):
         self.received = True
+        signal.signal(number, signal.SIG_DFL)
 
 
 def choose_precision(c, device):
     """-> (autocast for the towers, whether to compile). What the machine cannot do is refused if asked for, else left out."""
-    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported()
+    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if c.dtype == "bfloat16" and not bf16:
         raise ValueError("--dtype bfloat16: this GPU cannot; use --dtype float32")
     bf16 = c.dtype == "bfloat16" or (c.dtype is None and device.type == "cuda" and bf16)
@@ -253,7 +254,7 @@ def backward(net, model, batch, autocast, micro_batch, **entailment):
 # ---------------------------------------------------------------------------------------------------------------------------------
 # checkpoints and reports
 
-MUST_AGREE = ("geometry", "logit", "model", "tokenizer", "batch_size", "seed", "data")   # between a run and its resumption
+MUST_AGREE = ("geometry", "logit", "model", "tokenizer", "batch_size", "seed", "data", "final_ln", "init_from", "init_logit_scale")   # between a run and its resumption
 
 
 def look_into(folder, c, given):
@@ -264,7 +265,7 @@ def look_into(folder, c, given):
     if not c.resume:
         raise ValueError(f"{path} holds a run already; go on with --resume, or choose another --out_dir")
     checkpoint = read_checkpoint(path)
-    if "optimizer" not in checkpoint:
+    if not {"optimizer", "train_config", "model_config"} <= set(checkpoint):
         raise ValueError(f"{path} has no optimizer state: it can be evaluated, or started from with --init_from, but not resumed")
     for name in MUST_AGREE:
         if name in given and getattr(c, name) != checkpoint["train_config"][name]:
@@ -284,10 +285,13 @@ def save(path, model, optimizer, c, step, stream):
                           optimizer=optimizer.state_dict(), step=step, samples=step * c.batch_size, stream=states, skipped=skipped,
                           torch=str(torch.__version__))
         temporary = path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (RuntimeError, OSError) as error:   # torch.save turns a full disk into a RuntimeError
+            raise OSError(f"cannot write {temporary} ({error}); {path} is still what was saved before") from None
         os.replace(temporary, path)
 
 
@@ -297,9 +301,12 @@ class Log:
     def __init__(self, path, step):
         self.file = None
         if rank() == 0:
-            lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-            self.file = open(path, "a")
+            lines = path.read_text().splitlines() if step and path.exists() else []
+            self.file = open(path, "w")
+            for line in lines:
+                with contextlib.suppress(json.JSONDecodeError):   # a kill can leave half a line
+                    if (values := json.loads(line))["step"] <= step:
+                        self.write(**values)
 
     def write(self, **values):
         if self.file:
@@ -310,16 +317,17 @@ def training_line(r, steps, c):
     """A report as one line for people."""
     cones = f" + {c.entailment_weight:g} x {r['entailment']:.3f}" if c.entailment_weight > 0 else ""
     inside = f" | in cone {r['inside']:4.0%}" if "inside" in r else ""
-    left = time.strftime("%H:%M:%S" if r["seconds_left"] >= 3600 else "%M:%S", time.gmtime(r["seconds_left"]))
+    left = str(datetime.timedelta(seconds=round(r["seconds_left"]))).removeprefix("0:")
+    skipped = f" | {r['skipped']} skipped" if r["skipped"] else ""
     hint = "; more --workers may help" if r["waiting"] > 0.3 else ""
     return (f"step {r['step']:5d}/{steps} | loss {r['contrastive']:.3f}{cones}{inside} | radius text {r['text_radius']:.2f} image {r['image_radius']:.2f}"
             f" | scale {r['logit_scale']:.2f} curv {r['curvature']:.2f} | grad {r['grad_norm']:.2f} | lr {r['lr']:.1e}"
-            f" | {r['samples_per_second']:,.0f}/s, {r['waiting']:.0%} waiting for data{hint} | {left} left")
+            f" | {r['samples_per_second']:,.0f}/s, {r['waiting']:.0%} waiting for data{hint}{skipped} | {left} left")
 
 
-def judge(model, source, workers):
+def held_out_figures(model, source, pairs, workers):
     """Held-out data -> flat dict for the log."""
-    results = evaluate.held_out(model, source, workers=workers)
+    results = evaluate.held_out(model, source, pairs, workers=workers)
     figures = {f"val_{k}": results["retrieval"][k] for k in ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")}
     return figures | ({f"val_{k}": results["zero_shot"][k] for k in ("top1", "top5")} if results["zero_shot"] else {})
 
@@ -331,7 +339,12 @@ def build_model(c, given):
     """A new model, the same on every process; with --init_from one that starts from the weights and sizes of a file."""
     torch.manual_seed(c.seed)
     if c.init_from:
-        model = load_model(c.init_from, geometry=c.geometry, logit=c.logit, tokenizer=c.tokenizer)
+        model = load_model(c.init_from, **{k: getattr(c, k) for k in ("geometry", "logit", "tokenizer") if k in given})
+        if c.final_ln not in (None, model.row.final_ln if model.config.final_ln is None else model.config.final_ln):
+            raise ValueError(f"{c.init_from} was trained with{'out' * c.final_ln} final LayerNorms; leave --final_ln out")
+        if find_tokenizer(model.config.tokenizer)[1] != model.config.vocab_size:
+            raise ValueError(f"{c.init_from} has {model.config.vocab_size:,} tokens, other than tokenizer {model.config.tokenizer}; give --tokenizer")
+        c.geometry, c.logit = model.config.geometry, model.logit
         if "model" in given and any(getattr(model.config, k) != v for k, v in PRESETS[c.model].items()):
             raise ValueError(f"{c.init_from} has not the sizes of --model {c.model}; leave --model out, the file says its sizes")
         if c.init_logit_scale is not None:
@@ -352,7 +365,7 @@ def train(c, given):
     folder = Path(c.out_dir)
     before = from_process_0(lambda: look_into(folder, c, given))
     if before:   # flags that were not given are those of the run so far
-        c = replace(c, **{k: v for k, v in before["train_config"].items() if k not in given | {"resume", "out_dir"}})
+        c = replace(c, **{k: v for k, v in before["train_config"].items() if k not in given | {"resume", "out_dir", "device"}})
     elif c.resume:
         print0(f"nothing to resume in {folder}: starting afresh")
     steps, first = check(c), before["step"] if before else 0
@@ -371,6 +384,9 @@ def train(c, given):
     optimizer = build_optimizer(model, c)
     if before:
         optimizer.load_state_dict(before["optimizer"])
+        for group, decay in zip(optimizer.param_groups, (c.weight_decay, 0.0)):   # which brings the old rates along
+            group.update(weight_decay=decay, betas=(0.9, c.beta2))
+        model.config.max_logit_scale = c.max_logit_scale
     if compile:
         model.compile()   # in place: parameters keep their names
     net = model
@@ -381,7 +397,9 @@ def train(c, given):
     workers = min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if c.workers is None else c.workers
     stream = Batches(c.data, c.batch_size, model.config.image_size, c.tokenizer, model.config.context_length, c.crop_scale, c.seed, rank(),
                      world_size(), workers, step=first, states=before and before["stream"], pin_memory=device.type == "cuda")
-    val_source = evaluate.held_out_source(model.recipe)
+    val_source, held = evaluate.held_out_source(model.recipe), []
+    if val_source:
+        from_process_0(lambda: held.append(held_out_pairs(val_source)))   # now, not after the first thousand steps
     from_process_0(lambda: folder.mkdir(parents=True, exist_ok=True))
     log = Log(folder / "log.jsonl", first)
     print0(" ".join(f"--{k} {v}" for k, v in asdict(c).items() if v is not None))
@@ -389,7 +407,7 @@ def train(c, given):
            f"{sum(p.numel() for p in model.parameters()):,} parameters")
     print0(f"a model that knows nothing has loss ln({c.batch_size}) = {math.log(c.batch_size):.3f}")
 
-    started, since, waited, batches = time.monotonic(), time.monotonic(), 0.0, iter(stream)
+    started, since, waited, reported, batches = time.monotonic(), time.monotonic(), 0.0, first, iter(stream)
     for step in range(first, steps):
         lr = learning_rate(step, steps, c.lr, c.warmup)
         for group in optimizer.param_groups:
@@ -399,7 +417,7 @@ def train(c, given):
         batch = {k: v.to(device, non_blocking=True) for k, v in next(batches).items()}
         waited += time.monotonic() - asked
 
-        K = torch.tensor(min_radius(step, steps, c.min_radius, c.final_min_radius), device=device)
+        K = torch.full((), min_radius(step, steps, c.min_radius, c.final_min_radius), device=device)   # a float that changes would recompile
         optimizer.zero_grad()
         losses = backward(net, model, batch, autocast, c.micro_batch, entailment_weight=c.entailment_weight, min_radius=K)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
@@ -407,23 +425,26 @@ def train(c, given):
         model.clamp_scalars()
 
         done, stopping = step + 1, on_any_process(stop.received)
-        if done % c.log_every == 0 or done == steps:
+        reporting, saving = (done == steps or stopping or done % every == 0 for every in (c.log_every, c.save_every))
+        if (reporting or saving) and not math.isfinite(grad_norm):   # the same on all processes: all stop here, before anything is saved
+            raise FloatingPointError(f"the gradient is not finite at step {done}: geometry {c.geometry}/{c.logit}, logit scale {model.logit_scale.exp().item():.3g}, "
+                                     f"curvature {torch.as_tensor(model.curvature()).item():.3g}, " + ", ".join(f"{k} {v.item():.3g}" for k, v in losses.items()))
+        if reporting:
             r = dict(step=done, **dict(zip(losses, mean_over_processes(losses.values()))), grad_norm=grad_norm.item(),
                      logit_scale=model.logit_scale.exp().item(), curvature=torch.as_tensor(model.curvature()).item(), lr=lr)
-            if not math.isfinite(r["grad_norm"]):   # the same on all processes, so all stop here, before anything is saved
-                raise FloatingPointError(f"the gradient is not finite at step {done} (geometry {c.geometry}): {r}")
-            passed, count = time.monotonic() - since, done - first if done - first < c.log_every else (done - 1) % c.log_every + 1
-            r |= dict(samples_per_second=count * c.batch_size / passed, waiting=waited / passed, seconds_left=(steps - done) * passed / count)
+            passed, count = time.monotonic() - since, done - reported
+            r |= dict(samples_per_second=count * c.batch_size / passed, waiting=waited / passed, seconds_left=(steps - done) * passed / count,
+                      skipped=sum(stream.skipped.values()))
             log.write(**r)
             print0(training_line(r, steps, c))
-            since, waited = time.monotonic(), 0.0
+            since, waited, reported = time.monotonic(), 0.0, done
         if val_source and (done % c.eval_every == 0 or done == steps) and rank() == 0:
             asked = time.monotonic()
-            figures = judge(model, val_source, workers)
+            figures = held_out_figures(model, val_source, held[0], workers)
             log.write(step=done, **figures)
             print0(f"held-out after {done} steps: " + ", ".join(f"{k[4:]} {v:.1%}" for k, v in figures.items() if v is not None))
             since += time.monotonic() - asked   # not part of the training speed
-        if done % c.save_every == 0 or done == steps or stopping:
+        if saving:
             save(folder / "ckpt.pt", model, optimizer, c, done, stream)
         if stopping:
             return print0(f"stopped by a signal after step {done}; go on with --resume")
@@ -434,12 +455,11 @@ def main():
     c, given = parse()
     try:
         train(c, given)
-    except (ValueError, OSError, FloatingPointError) as error:   # what a user can mend gets a sentence
+    except (ValueError, OSError, FloatingPointError, dist.DistError) as error:   # what a user can mend gets a sentence
         print(f"train.py: {error}", file=sys.stderr, flush=True)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():   # not after a failure: it would wait for the other processes
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
