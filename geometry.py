@@ -195,7 +195,7 @@ class Logit(NamedTuple):
     similarity: Callable              # (x (N, D), y (M, D), curv) -> (N, M), larger = closer
     scale: float                      # logit_scale at the start, in log space
     scale_with_cones: float           # the same when an entailment loss is added
-    scale_of_short_runs: float        # the same for runs of minutes, too short to find their scale (`tiny`): measured, not the paper's
+    scale_for_shapes: float           # the same for runs of minutes on the built-in data: measured, not the paper's (README, "Numbers that bite")
 
 
 class Scalar(NamedTuple):

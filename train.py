@@ -45,7 +45,7 @@ class TrainConfig:
     entailment_weight: float = flag(0.0, "lambda, the weight of the entailment loss")
     min_radius: float = flag(0.1, "K: within this distance of the root cones are half-spaces")
     final_min_radius: Optional[float] = flag(None, "K at the end, reached linearly; default: as at the start")
-    init_logit_scale: Optional[float] = flag(None, "in log space; default: the geometry's, for tiny a higher one")
+    init_logit_scale: Optional[float] = flag(None, "in log space; default: the geometry's, for shapes a higher one")
     max_logit_scale: float = flag(100.0, "the factor itself")
     model: str = flag("tiny", " ".join(PRESETS))
     final_ln: Optional[bool] = flag(None, "LayerNorm at the end of both towers; default: the geometry's")
@@ -353,7 +353,7 @@ def build_model(c, given):
         return model.train()
     tokenizer = c.tokenizer or ("bytes" if c.model == "tiny" else "clip")
     logit = geo.GEOMETRIES[c.geometry].logits[c.logit]
-    start = logit.scale_of_short_runs if c.model == "tiny" else logit.scale_with_cones if c.entailment_weight > 0 else logit.scale
+    start = logit.scale_for_shapes if c.data == "shapes" else logit.scale_with_cones if c.entailment_weight > 0 else logit.scale
     return CLIP(Config(**PRESETS[c.model], vocab_size=find_tokenizer(tokenizer)[1], tokenizer=tokenizer, geometry=c.geometry, logit=c.logit,
                        final_ln=c.final_ln, init_logit_scale=start if c.init_logit_scale is None else c.init_logit_scale,
                        max_logit_scale=c.max_logit_scale))
