@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")   # the profiler announces each start otherwise
+
 import numpy as np
 import torch
 import torch.nn.functional as F
