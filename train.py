@@ -459,6 +459,7 @@ def main():
         print(f"train.py: {error}", file=sys.stderr, flush=True)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     if dist.is_initialized():   # not after a failure: it would wait for the other processes
+        dist.barrier()   # leave together: threads of a process that leaves while others still talk to it can abort
         dist.destroy_process_group()
 
 

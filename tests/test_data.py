@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import random
+import signal
 import tarfile
 from collections import Counter
 
@@ -339,3 +340,31 @@ def test_pictures_that_cannot_be_read_are_replaced_and_counted(tmp_path):
         (tmp_path / f"{i:02d}.txt").write_text(str(i))
     stream = Batches(str(tmp_path), 40, 16, "bytes", 77)
     assert len(next(iter(stream))["images"]) == 40 and stream.skipped == {"picture broken": 1}
+
+
+@pytest.fixture
+def time_limit():
+    """A hang is a failure: an alarm ends the test after 30 seconds."""
+    def ring(number, frame):
+        raise TimeoutError("the stream hangs")
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+def test_fault_8_14_shards_of_broken_pictures_only_are_refused_with_the_counts(tmp_path, time_limit):
+    write_shard(tmp_path / "a.tar", [(b"<html>", "a caption")] * 3)
+    with pytest.raises(ValueError, match="1000 of 1000 samples cannot be used: {'picture broken': 1000}"):
+        first_batches(1, source=str(tmp_path / "a.tar"))
+
+
+def test_fault_3_a_broken_shard_is_skipped_by_name_and_refused_if_all_are(shards, tmp_path, time_limit, capsys):
+    (tmp_path / "empty.tar").write_bytes(b"")
+    mixed = f"{shards}/000.tar::{tmp_path}/empty.tar"
+    for process in range(2):   # one of the two readers meets the empty shard first
+        first_batches(2, source=mixed, process=process, processes=2)
+    assert "empty.tar" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="empty.tar.*wanted .jpg"):
+        first_batches(1, source=str(tmp_path / "empty.tar"))

@@ -191,21 +191,26 @@ from test_model import small, small_batch
 from model import rank, world_size
 from train import backward
 from contextlib import nullcontext
+
+def main():
+    images, tokens = small_batch()
+    mine = slice(rank() * 8 // world_size(), (rank() + 1) * 8 // world_size())
+    result = {{}}
+    for micro in (0, 2):
+        for geometry in ("clip", "euclidean", "hyperbolic"):
+            model = small(geometry).double()
+            net = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+            batch = dict(images=images[mine], tokens=tokens[mine], index=None)
+            out = backward(net, model, batch, nullcontext(), micro, entailment_weight=0.0 if geometry == "clip" else 0.2, min_radius=0.1)
+            loss = out["loss"].detach()
+            dist.all_reduce(loss)
+            result[geometry, micro] = (loss / world_size(), {{n: p.grad for n, p in model.named_parameters()}})
+    if rank() == 0:
+        torch.save(result, {out!r})
+
 dist.init_process_group("gloo")
-images, tokens = small_batch()
-mine = slice(rank() * 8 // world_size(), (rank() + 1) * 8 // world_size())
-result = {{}}
-for micro in (0, 2):
-    for geometry in ("clip", "euclidean", "hyperbolic"):
-        model = small(geometry).double()
-        net = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        batch = dict(images=images[mine], tokens=tokens[mine], index=None)
-        out = backward(net, model, batch, nullcontext(), micro, entailment_weight=0.0 if geometry == "clip" else 0.2, min_radius=0.1)
-        loss = out["loss"].detach()
-        dist.all_reduce(loss)
-        result[geometry, micro] = (loss / world_size(), {{n: p.grad for n, p in model.named_parameters()}})
-if rank() == 0:
-    torch.save(result, {out!r})
+main()
+dist.barrier()
 dist.destroy_process_group()
 """
 
