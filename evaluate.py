@@ -311,11 +311,13 @@ def run(args):
         if not args.images:
             raise ValueError("--retrieval needs --images, the folder that the pictures lie in")
         results["retrieval"] = retrieval(model, *karpathy(args.retrieval, args.images, args.split), **how)
+        results["retrieval"]["protocol"] += f", split {args.split} of {args.retrieval}"
     if not args.classification and not args.retrieval:
         source = held_out_source(model.recipe)
         if source is None:
             raise ValueError(f"{args.checkpoint} names no held-out data of its own; give --retrieval JSON --images DIR or --classification DIR")
         results = held_out(model, source, **how)
+    print(f"pictures: shorter side to {model.config.image_size}, centre crop; similarities in float32, ties count against the model")
     print(table(results))
     empty = dict(zero_shot=dict.fromkeys(("top1", "top5", "classes")),
                  retrieval=dict.fromkeys(f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)))

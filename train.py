@@ -49,6 +49,7 @@ class TrainConfig:
     max_logit_scale: float = flag(100.0, "the factor itself")
     model: str = flag("tiny", " ".join(PRESETS))
     final_ln: Optional[bool] = flag(None, "LayerNorm at the end of both towers; default: the geometry's")
+    quick_gelu: Optional[bool] = flag(None, "QuickGELU, as in OpenAI's own weights; default: exact GELU, or what --init_from is known to have")
     init_from: Optional[str] = flag(None, "start from the weights and sizes of this checkpoint, ours or open_clip's")
     data: str = flag("shapes", "shapes, tar shards, a .csv or .tsv, or a folder; see data.py")
     val_data: Optional[str] = flag(None, "held-out data, likewise; shapes has its own")
@@ -254,7 +255,8 @@ def backward(net, model, batch, autocast, micro_batch, **entailment):
 # ---------------------------------------------------------------------------------------------------------------------------------
 # checkpoints and reports
 
-MUST_AGREE = ("geometry", "logit", "model", "tokenizer", "batch_size", "seed", "data", "final_ln", "init_from", "init_logit_scale")   # between a run and its resumption
+MUST_AGREE = ("geometry", "logit", "model", "tokenizer", "batch_size", "seed", "data", "final_ln", "quick_gelu", "init_from",
+              "init_logit_scale")   # between a run and its resumption
 
 
 def look_into(folder, c, given):
@@ -339,7 +341,7 @@ def build_model(c, given):
     """A new model, the same on every process; with --init_from one that starts from the weights and sizes of a file."""
     torch.manual_seed(c.seed)
     if c.init_from:
-        model = load_model(c.init_from, **{k: getattr(c, k) for k in ("geometry", "logit", "tokenizer") if k in given})
+        model = load_model(c.init_from, **{k: getattr(c, k) for k in ("geometry", "logit", "tokenizer", "quick_gelu") if k in given})
         if c.final_ln not in (None, model.row.final_ln if model.config.final_ln is None else model.config.final_ln):
             raise ValueError(f"{c.init_from} was trained with{'out' * c.final_ln} final LayerNorms; leave --final_ln out")
         if find_tokenizer(model.config.tokenizer)[1] != model.config.vocab_size:
@@ -356,7 +358,7 @@ def build_model(c, given):
     start = logit.scale_for_shapes if c.data == "shapes" else logit.scale_with_cones if c.entailment_weight > 0 else logit.scale
     return CLIP(Config(**PRESETS[c.model], vocab_size=find_tokenizer(tokenizer)[1], tokenizer=tokenizer, geometry=c.geometry, logit=c.logit,
                        final_ln=c.final_ln, init_logit_scale=start if c.init_logit_scale is None else c.init_logit_scale,
-                       max_logit_scale=c.max_logit_scale))
+                       max_logit_scale=c.max_logit_scale, quick_gelu=bool(c.quick_gelu)))
 
 
 def train(c, given):

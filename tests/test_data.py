@@ -136,6 +136,19 @@ def test_evaluation_crop_is_the_centre_of_the_shorter_side():
     assert (picture[:, :, 3:-3] == torch.tensor([0, 0, 255])[:, None, None]).all()
 
 
+def test_evaluation_crop_is_the_fields_to_one_level_in_255():
+    """Against torch's own antialiased bicubic resize, for photos of both orientations."""
+    for w, h in ((640, 427), (375, 500)):
+        image, size = photo(w // 16 * 16, h // 16 * 16), 224
+        w, h = image.size
+        long = int(size * max(w, h) / min(w, h))
+        shape = (size, long) if w > h else (long, size)
+        plain = torch.nn.functional.interpolate(data.to_tensor(image)[None].float(), shape, mode="bicubic", antialias=True)[0].round().clamp(0, 255)
+        top, left = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
+        difference = (load_image(encoded(image), size) - plain[:, top:top + size, left:left + size]).abs()
+        assert difference.max() <= 1
+
+
 def test_fault_10_modes_are_converted_and_not_washed_out():
     white_over = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     assert load_image(encoded(white_over), 8).min() == 255   # transparent is white

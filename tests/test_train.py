@@ -14,7 +14,7 @@ import torch
 
 import train
 from model import load_model
-from test_model import ROOT, small, torchrun
+from test_model import ROOT, in_open_clips_layout, small, torchrun
 
 SHORT = ["--samples", "64", "--batch_size", "8", "--log_every", "1", "--save_every", "4", "--eval_every", "1000", "--workers", "0", "--device", "cpu"]
 
@@ -163,6 +163,12 @@ def test_init_from_starts_with_the_weights_and_sizes_of_a_file(tmp_path):
     in_process(*SHORT, "--geometry", "hyperbolic", "--init_from", tmp_path / "first" / "ckpt.pt", "--out_dir", tmp_path / "second", "--lr", 0)
     first, second = (torch.load(tmp_path / n / "ckpt.pt", weights_only=True)["model"] for n in ("first", "second"))
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_quick_gelu_of_foreign_weights_is_told_once_and_kept(tmp_path):
+    torch.save(in_open_clips_layout(small("euclidean", vision_heads=1, text_heads=1, context_length=77, quick_gelu=True)), tmp_path / "theirs.pt")
+    in_process(*SHORT, "--geometry", "euclidean", "--tokenizer", "bytes", "--quick_gelu", "--init_from", tmp_path / "theirs.pt", "--out_dir", tmp_path / "out")
+    assert load_model(tmp_path / "out" / "ckpt.pt").config.quick_gelu
 
 
 def test_a_run_is_the_same_run_on_one_process_and_on_two(tmp_path):
