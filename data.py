@@ -321,26 +321,21 @@ def read_list(source):
     return pairs
 
 
+@lru_cache(2)   # a batch may lie across two passes
+def order_of_pass(count, seed, turn):
+    return np.random.default_rng((seed, turn)).permutation(count)
+
+
 class PairList:
     """A list of pictures, each pass in another order. What cannot be read is replaced by another sample and counted."""
 
     def __init__(self, source):
         self.pairs = read_list(source)
-        self.order = lru_cache(2)(self._order)
-
-    def __getstate__(self):   # a cache does not travel to spawned workers
-        return self.pairs
-
-    def __setstate__(self, pairs):
-        self.pairs, self.order = pairs, lru_cache(2)(self._order)
-
-    def _order(self, seed, turn):
-        return np.random.default_rng((seed, turn)).permutation(len(self.pairs))
 
     def sample(self, number, seed, size, scale, skipped):
         rng = random.Random(seed << 48 | number)
         turn, place = divmod(number, len(self.pairs))
-        chosen = self.order(seed, turn)[place]
+        chosen = order_of_pass(len(self.pairs), seed, turn)[place]
         for _ in range(100):
             path, caption = self.pairs[chosen]
             try:

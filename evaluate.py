@@ -103,7 +103,7 @@ class Progress:
     """One line that counts up with the time left, on a terminal only; silent for what takes less than two seconds."""
 
     def __init__(self, what, total):
-        self.what, self.total, self.start, self.shown = what, total, time.monotonic(), False
+        self.what, self.total, self.start = what, total, time.monotonic()
 
     def __call__(self, done):
         passed = time.monotonic() - self.start
@@ -141,8 +141,9 @@ def encode_pictures(model, items, batch_size=64, workers=0, dtype=None):
 def encode_texts(model, texts, batch_size=64, dtype=None):
     """texts: list of N strings -> embeddings (N, D), in order."""
     progress, parts, config = Progress("captions", len(texts)), [], model.config
-    if data.find_tokenizer(config.tokenizer)[1] != config.vocab_size:
-        raise ValueError(f"tokenizer {config.tokenizer} has {data.find_tokenizer(config.tokenizer)[1]:,} tokens, the model {config.vocab_size:,}; give --tokenizer")
+    V = data.find_tokenizer(config.tokenizer)[1]
+    if V != config.vocab_size:
+        raise ValueError(f"tokenizer {config.tokenizer} has {V:,} tokens, the model {config.vocab_size:,}; give --tokenizer")
     with evaluating(model, dtype) as device:
         for start in range(0, len(texts), batch_size):
             tokens = data.tokenize(texts[start:start + batch_size], config.tokenizer, config.context_length)

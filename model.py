@@ -20,7 +20,7 @@ Axes: N, M samples, T tokens, C tower width, H heads, D embedding width, R real 
 import math
 import re
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, Optional
 
 import torch
@@ -163,7 +163,7 @@ class Transformer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    def __init__(self, config, final_ln):
+    def __init__(self, config):
         super().__init__()
         width = config.vision_width
         self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
@@ -171,7 +171,7 @@ class VisionTower(nn.Module):
         self.positional_embedding = nn.Parameter(torch.empty(1 + (config.image_size // config.patch_size) ** 2, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, config.vision_layers, config.vision_heads or width // 64, config.quick_gelu)
-        self.ln_post = nn.LayerNorm(width) if final_ln else nn.Identity()
+        self.ln_post = nn.LayerNorm(width) if config.final_ln else nn.Identity()
         self.proj = nn.Parameter(torch.empty(width, config.embed_dim))
 
     def forward(self, images):                                                       # (N, 3, H, W), normalised
@@ -182,14 +182,14 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    def __init__(self, config, final_ln):
+    def __init__(self, config):
         super().__init__()
         width = config.text_width
         self.end = config.vocab_size - 1
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
         self.transformer = Transformer(width, config.text_layers, config.text_heads or width // 64, config.quick_gelu)
-        self.ln_final = nn.LayerNorm(width) if final_ln else nn.Identity()
+        self.ln_final = nn.LayerNorm(width) if config.final_ln else nn.Identity()
         self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
 
     def forward(self, tokens, index=None):                                           # (N, T)
@@ -240,11 +240,11 @@ def initial_values(config):
 class CLIP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config, self.recipe = config, {}
         self.row, self.logit = geo.find(config.geometry, config.logit)
         final_ln = self.row.final_ln if config.final_ln is None else config.final_ln
-        self.visual = VisionTower(config, final_ln)
-        self.text = TextTower(config, final_ln)
+        self.config, self.recipe = replace(config, logit=self.logit, final_ln=final_ln), {}   # no default is left open
+        self.visual = VisionTower(self.config)
+        self.text = TextTower(self.config)
         table = initial_values(config)
         for name, p in self.named_parameters():
             fill = next(fill for pattern, fill in table if re.fullmatch(pattern, name))
@@ -360,14 +360,13 @@ def load_model(path, **overrides):
     if "model_config" in checkpoint:
         known = {f.name for f in fields(Config)}
         config, weights = Config(**{k: v for k, v in checkpoint["model_config"].items() if k in known}), checkpoint["model"]
-        for key, value in overrides.items():
-            stored = geo.find(config.geometry, config.logit)[1] if key == "logit" else getattr(config, key)
-            if stored != value:
-                raise ValueError(f"{path} was trained with {key} {stored!r}, not {value!r}")
     else:
         weights = native_names(checkpoint.get("state_dict", checkpoint))
         config = infer_config(weights, path, **overrides)
     model = CLIP(config)
+    for key, value in overrides.items():   # of a foreign file they are what the model was just built with
+        if getattr(model.config, key) != value:
+            raise ValueError(f"{path} was trained with {key} {getattr(model.config, key)!r}, not {value!r}")
     check_keys(model, weights, path)
     model.load_state_dict(weights)
     model.clamp_scalars()   # the authors clamp the curvature as they read it

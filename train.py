@@ -277,12 +277,12 @@ def look_into(folder, c, given):
 
 def save(path, model, optimizer, c, step, stream):
     """Everything a run is, as tensors and plain values. The old file stays whole until the new one is on disk."""
-    states, skipped = [stream.state], [dict(stream.skipped)]
+    streams = [(stream.state, dict(stream.skipped))]   # of each process
     if world_size() > 1:
-        states, skipped = [None] * world_size(), [None] * world_size()
-        dist.all_gather_object(states, stream.state)
-        dist.all_gather_object(skipped, dict(stream.skipped))
+        mine, streams = streams[0], [None] * world_size()
+        dist.all_gather_object(streams, mine)
     if rank() == 0:
+        states, skipped = map(list, zip(*streams))
         checkpoint = dict(format=1, model=model.state_dict(), model_config=asdict(model.config), train_config=asdict(c),
                           optimizer=optimizer.state_dict(), step=step, samples=step * c.batch_size, stream=states, skipped=skipped,
                           torch=str(torch.__version__))
@@ -342,7 +342,7 @@ def build_model(c, given):
     torch.manual_seed(c.seed)
     if c.init_from:
         model = load_model(c.init_from, **{k: getattr(c, k) for k in ("geometry", "logit", "tokenizer", "quick_gelu") if k in given})
-        if c.final_ln not in (None, model.row.final_ln if model.config.final_ln is None else model.config.final_ln):
+        if c.final_ln not in (None, model.config.final_ln):
             raise ValueError(f"{c.init_from} was trained with{'out' * c.final_ln} final LayerNorms; leave --final_ln out")
         if find_tokenizer(model.config.tokenizer)[1] != model.config.vocab_size:
             raise ValueError(f"{c.init_from} has {model.config.vocab_size:,} tokens, other than tokenizer {model.config.tokenizer}; give --tokenizer")

@@ -4,7 +4,6 @@ Machines differ and are noisy, so both sides of every comparison run in turns in
 """
 
 import io
-import math
 import os
 import platform
 import random

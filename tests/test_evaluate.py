@@ -4,13 +4,11 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-import data
 import evaluate
 from test_model import ROOT, save_ours, small
 

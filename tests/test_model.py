@@ -1,6 +1,5 @@
 """model.py: the towers against the authors' code, initial values, unpadded text, two processes against one, checkpoints."""
 
-import json
 import math
 import os
 import re
@@ -88,7 +87,7 @@ def test_all_golden_models_through_their_files(name):
 
 def test_unpadded_text_equals_padded_text():
     """The same tower over every position of (N, T) gives the same embeddings and gradients: what follows the end token plays no part."""
-    model, (images, tokens) = small("clip"), small_batch()
+    model, (_, tokens) = small("clip"), small_batch()
     embeddings, gradients = [], []
     for index in (None, torch.arange(tokens.numel())):
         model.zero_grad()

@@ -1,12 +1,10 @@
 """train.py: flags, schedules, one short run of everything, refusals, resuming."""
 
-import itertools
 import json
 import math
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 
 import pytest
