@@ -58,9 +58,24 @@ def full_precision(function):
     return wrapper
 
 
-def safe_sqrt(x):
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+class Distance(torch.autograd.Function):
+    """The last step of the law, s -> d: s = sin^2(d/2) on the sphere (sign 1), (d/2)^2 in flat space (0), sinh^2(d/2) in hyperbolic
+    space (-1). Written by hand because s is all that the derivative 1 / sqrt(s (1 - sign s)) needs; it is 0 where that is infinite."""
+
+    @staticmethod
+    def forward(ctx, s, sign):
+        ctx.save_for_backward(s)
+        ctx.sign = sign
+        root = s.sqrt()
+        if sign == 1:
+            return 2 * torch.atan2(root, (1 - s).sqrt())   # no edge where asin and acos have two
+        return 2 * root if sign == 0 else torch.log1p(2 * (s + root * (1 + s).sqrt()))   # 2 asinh(root), twenty times as fast
+
+    @staticmethod
+    def backward(ctx, grad):
+        s, = ctx.saved_tensors
+        slope = s.rsqrt() * (1 - ctx.sign * s).rsqrt()     # two roots: the product s (1 + s) overflows first
+        return torch.where(slope.isinf(), 0, grad * slope), None
 
 
 def safe_atan2(y, x):
@@ -84,21 +99,17 @@ def polar(x, curv=1.0):
     return curv ** 0.5 * r, x / torch.where(r > 0, r, 1.0)
 
 
-def haversine(u, v):
-    """u (N, D), v (M, D) unit directions -> hav of the angle between every two (N, M), from one matmul: good to one eps of 1."""
-    return (0.5 - 0.5 * (u @ v.T)).clamp_min(0)
-
-
-def snap(hav):
-    """Directions closer than a matmul can tell apart are the same direction: hav < 2 eps -> 0 with zero gradient. The derivative of
-    sqrt(hav) grows like 1/sqrt(hav): on rounding noise it would be thousands of times too large. Squared logits need no snap."""
-    return torch.where(hav > 2 * torch.finfo(hav.dtype).eps, hav, 0.0)
+def snap(s, unit):
+    """Directions closer than a matmul can tell apart are the same direction: hav < 2 eps -> 0 with zero gradient, here of s = unit * hav.
+    The derivative of sqrt(hav) grows like 1/sqrt(hav): on rounding noise it would be thousands of times too large. Squared logits need
+    no snap."""
+    return torch.where(s > 2 * torch.finfo(s.dtype).eps * unit, s, 0)
 
 
 def haversine_of_pairs(u, v):
     """u, v (N, D), row by row -> hav and sin of the angle (N, 1) each. |u - v|^2 / 4 does not cancel, so no snap is needed."""
     hav, rest = (u - v).square().sum(-1, keepdim=True) / 4, (u + v).square().sum(-1, keepdim=True) / 4   # sin^2, cos^2 of g/2
-    return hav, 2 * safe_sqrt(hav * rest)
+    return hav, Distance.apply(hav * rest, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -113,8 +124,8 @@ def cosine_similarity(x, y, curv):
 
 
 def arc_similarity(x, y, curv):
-    hav = haversine(x, y)
-    return -2 * torch.atan2(safe_sqrt(snap(hav)), safe_sqrt(snap(1 - hav)))   # atan2 has no edge where asin and acos have two
+    hav = snap(0.5 - 0.5 * (x @ y.T), 1)
+    return -Distance.apply(1 - snap(1 - hav, 1), 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -124,19 +135,19 @@ def divide_by_sqrt_width(features, alpha=None):
     return features / features.shape[-1] ** 0.5   # so that |embedding| does not grow with D; a learned scale did not help the authors
 
 
-def euclidean_squared_distance(x, y):
-    xx, yy = x.square().sum(-1, keepdim=True), y.square().sum(-1)   # (N, 1), (M,)
-    return torch.addmm(xx + yy, x, y.T, alpha=-2), xx, yy
+def euclidean_s(x, y):
+    """s = (d/2)^2 (N, M), and the sum of both squared radii that it came from."""
+    sums = x.square().sum(-1, keepdim=True) + y.square().sum(-1)   # (N, M)
+    return torch.addmm(sums, x, y.T, beta=0.25, alpha=-0.5), sums
 
 
 def euclidean_squared_similarity(x, y, curv):
-    return -euclidean_squared_distance(x, y)[0].clamp_min(0)
+    return -4 * torch.relu(euclidean_s(x, y)[0])
 
 
 def euclidean_distance_similarity(x, y, curv):
-    d2, xx, yy = euclidean_squared_distance(x, y)
-    noise = 4 * torch.finfo(x.dtype).eps * (xx + yy).detach()   # `snap` for this form: 2 eps under hav is 8 eps |x||y| under d^2
-    return -safe_sqrt(torch.where(d2 > noise, d2, 0.0))
+    s, sums = euclidean_s(x, y)
+    return -Distance.apply(snap(s, sums.detach() / 2), 0)   # unit: a b, which is half the sum where distances are near 0
 
 
 def inner_similarity(x, y, curv):
@@ -162,22 +173,27 @@ def cap(r):
     return r.clamp_max(0.45 * math.log(torch.finfo(r.dtype).max))
 
 
-def sinh2_of_half_distance(x, y, curv, snapped=False):
+def hyperbolic_s(x, y, curv, snapped=False):
+    """s = sinh^2(d/2) (N, M). Whatever depends on one radius is a vector here: per pair there are a matmul and products."""
     (a, u), (b, v) = polar(x, curv), polar(y, curv)
-    a, b, hav = cap(a), cap(b).T, haversine(u, v)   # (N, 1), (1, M), (N, M)
-    return torch.addcmul(torch.sinh((a - b) / 2).square(), torch.sinh(a) * torch.sinh(b), snap(hav) if snapped else hav)
+    a, b = cap(a), cap(b)                                                                    # (N, 1), (M, 1)
+    walk = (a / 2).exp() / 2 * (-b / 2).exp().T - (-a / 2).exp() / 2 * (b / 2).exp().T       # sinh((a - b)/2)
+    both = torch.sinh(a) * torch.sinh(b).T
+    turn = torch.addmm(both, torch.sinh(a) * u, (torch.sinh(b) * v).T, beta=0.5, alpha=-0.5) # sinh(a) sinh(b) hav
+    turn = snap(turn, both.detach()) if snapped else torch.relu(turn)
+    return walk.square() + turn
 
 
 def hyperbolic_distance_similarity(x, y, curv):
-    return -2 / curv ** 0.5 * torch.asinh(safe_sqrt(sinh2_of_half_distance(x, y, curv, snapped=True)))
+    return -curv ** -0.5 * Distance.apply(hyperbolic_s(x, y, curv, snapped=True), -1)
 
 
 def hyperbolic_squared_similarity(x, y, curv):
-    return -4 / curv * torch.asinh(safe_sqrt(sinh2_of_half_distance(x, y, curv))).square()
+    return (-1 / curv) * Distance.apply(hyperbolic_s(x, y, curv), -1).square()
 
 
 def hyperbolic_inner_similarity(x, y, curv):
-    return -(1 + 2 * sinh2_of_half_distance(x, y, curv)) / curv   # <x, y>_L = -cosh(d) / c, and cosh d = 1 + 2 sinh^2(d/2)
+    return (-1 / curv) * (1 + 2 * hyperbolic_s(x, y, curv))   # <x, y>_L = -cosh(d) / c, and cosh d = 1 + 2 sinh^2(d/2)
 
 
 def hyperbolic_cone(text, image, min_radius, curv):

@@ -237,6 +237,30 @@ def initial_values(config):
 # ---------------------------------------------------------------------------------------------------------------------------------
 # CLIP
 
+class CrossEntropy(torch.autograd.Function):
+    """logits (N, M), row i matching column first + i -> mean over the rows of log-sum-exp minus the matching logit. The derivative is
+    softmax minus one-hot, made here when it is needed, in place: F.cross_entropy keeps a matrix of probabilities from the forward pass."""
+
+    @staticmethod
+    def forward(ctx, logits, first):
+        lse = logits.logsumexp(1, keepdim=True)
+        ctx.save_for_backward(logits, lse)
+        ctx.first = first
+        return lse.mean() - logits.diagonal(first).mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, lse = ctx.saved_tensors
+        p = (logits - lse).exp_()
+        p.diagonal(ctx.first).sub_(1)
+        return p.mul_(grad / len(p)), None
+
+
+def contrastive_loss(image_logits, text_logits, first=0):
+    """Cross entropy of N images among M texts and of N texts among M images, (N, M) each, averaged; row i matches column first + i."""
+    return (CrossEntropy.apply(image_logits, first) + CrossEntropy.apply(text_logits, first)) / 2
+
+
 class CLIP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -302,8 +326,7 @@ class CLIP(nn.Module):
         scale = self.logit_scale.exp()
         image_logits = scale * self.similarity(image, all_text)                      # (N, M)
         text_logits = image_logits.T if all_text is text else scale * self.similarity(text, all_image)
-        target = torch.arange(len(image), device=image.device) + rank() * len(image)
-        contrastive = (F.cross_entropy(image_logits, target) + F.cross_entropy(text_logits, target)) / 2
+        contrastive = contrastive_loss(image_logits, text_logits, rank() * len(image))
         out = dict(loss=contrastive, contrastive=contrastive.detach())
         if self.row.cone:
             with torch.set_grad_enabled(torch.is_grad_enabled() and entailment_weight > 0):
