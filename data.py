@@ -34,6 +34,7 @@ import re
 import signal
 import tarfile
 import tempfile
+import threading
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -535,8 +536,9 @@ def refuse_if_too_many_are_bad(skipped, taken):
 
 
 def leave_signals_to_the_trainer(worker):
-    """A signal goes to all processes of a group; the one that trains decides when the loading ones end."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """A signal goes to all processes of a group; the one that trains finishes its step and ends the loading ones. Should it not, they
+    end by themselves a little later: SIGTERM is also how Python ends what it waits for when it exits."""
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(10, os._exit, (0,)).start())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -110,6 +110,7 @@ class Packing(NamedTuple):
     """Captions average a dozen tokens of 77. Dense layers see the real tokens only, as (R, C); attention alone needs rows and columns
     of captions, (N, T, C). Exact: attention is causal, so what stands after the end token is never looked at."""
     index: torch.Tensor   # (R,) flat positions in (N, T) of the tokens that are computed
+    ends: torch.Tensor    # (N,) columns of the end tokens
     N: int
     T: int
 
@@ -118,6 +119,9 @@ class Packing(NamedTuple):
 
     def pack(self, x):    # (N, T, C) -> (R, C)
         return x.flatten(0, 1).index_select(0, self.index)
+
+    def mask(self):       # which keys an end token looks at, (N, 1, 1, T)
+        return (torch.arange(self.T, device=self.ends.device) <= self.ends[:, None])[:, None, None]
 
 
 class Attention(nn.Module):
@@ -128,8 +132,17 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x, packing=None):
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+    def forward(self, x, packing=None, rows=None):
+        """x (N, T, C), or (R, C) with a packing -> the same shape; with `rows` (N,), one row of flattened x per sample -> those, (N, C)."""
+        w, b, C = self.in_proj_weight, self.in_proj_bias, x.shape[-1]
+        if rows is not None:
+            q = F.linear(x.flatten(0, -2).index_select(0, rows), w[:C], b[:C]).unflatten(1, (self.heads, 1, -1))   # (N, H, 1, C/H)
+            kv = F.linear(x, w[C:], b[C:])
+            kv = packing.pad(kv) if packing else kv                                  # (N, T, 2C)
+            k, v = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)       # (N, H, T, C/H) each
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.mask() if packing else None)
+            return self.out_proj(y.flatten(1))
+        qkv = F.linear(x, w, b)
         qkv = packing.pad(qkv) if packing else qkv                                   # (N, T, 3C)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)       # (N, H, T, C/H) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=packing is not None)   # text looks back only
@@ -146,8 +159,9 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU() if quick_gelu else nn.GELU(),
                                       c_proj=nn.Linear(4 * width, width)))
 
-    def forward(self, x, packing=None):
-        x = x + self.attn(self.ln_1(x), packing)
+    def forward(self, x, packing=None, rows=None):
+        y = self.attn(self.ln_1(x), packing, rows)
+        x = y + (x if rows is None else x.flatten(0, -2).index_select(0, rows))
         return x + self.mlp.c_proj(self.mlp.gelu(self.mlp.c_fc(self.ln_2(x))))
 
 
@@ -156,10 +170,12 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads, quick_gelu) for _ in range(layers))
 
-    def forward(self, x, packing=None):
-        for block in self.resblocks:
+    def forward(self, x, rows, packing=None):
+        """Only one row per sample, `rows` (N,) of flattened x, is read in the end: the last block computes no other -> (N, C)."""
+        *blocks, last = self.resblocks
+        for block in blocks:
             x = block(x, packing)
-        return x
+        return last(x, packing, rows)
 
 
 class VisionTower(nn.Module):
@@ -177,8 +193,9 @@ class VisionTower(nn.Module):
     def forward(self, images):                                                       # (N, 3, H, W), normalised
         x = self.conv1(images).flatten(2).transpose(1, 2)                            # (N, patches, C), row by row
         x = torch.cat([self.class_embedding.to(x).expand(len(x), 1, -1), x], dim=1)  # (N, T, C)
-        x = self.transformer(self.ln_pre(x + self.positional_embedding))
-        return self.ln_post(x[:, 0]) @ self.proj                                     # (N, D)
+        rows = torch.arange(len(x), device=x.device) * x.shape[1]                    # of the class tokens
+        x = self.transformer(self.ln_pre(x + self.positional_embedding), rows)       # (N, C)
+        return self.ln_post(x) @ self.proj                                           # (N, D)
 
 
 class TextTower(nn.Module):
@@ -198,9 +215,10 @@ class TextTower(nn.Module):
         index = real.flatten().nonzero().squeeze(1) if index is None else index      # nonzero makes a GPU wait; the loop passes index
         # F.embedding for both tables: the backward of table[index] is not reproducible with two threads
         x = self.token_embedding(tokens.flatten().index_select(0, index)) + F.embedding(index % T, self.positional_embedding)
-        x = self.transformer(x, Packing(index, N, T))                                # (R, C)
-        ends = torch.arange(N, device=tokens.device) * T + real.sum(1) - 1           # flat position of each end token
-        return self.ln_final(x.index_select(0, torch.searchsorted(index, ends))) @ self.text_projection   # (N, D)
+        ends = real.sum(1) - 1                                                       # (N,)
+        rows = torch.searchsorted(index, torch.arange(N, device=tokens.device) * T + ends)
+        x = self.transformer(x, rows, Packing(index, ends, N, T))                    # (N, C)
+        return self.ln_final(x) @ self.text_projection                               # (N, D)
 
 
 def real_tokens(tokens, end):
