@@ -311,16 +311,19 @@ def read_list(source):
             if not {"filepath", "title"} <= set(rows.fieldnames or ()):
                 raise ValueError(f"{source} needs columns filepath and title; it has {rows.fieldnames}")
             pairs = [(row["filepath"], clean_caption((row["title"] or "").encode())) for row in rows]
-        pairs = [(p if os.path.exists(p) else str(path.parent / p), c) for p, c in pairs if p and c]   # relative to here, or to the list
+        pairs = [(p if not p or os.path.exists(p) else str(path.parent / p), c) for p, c in pairs]   # relative to here, or to the list
     else:
         if not path.is_dir():
             raise ValueError(f"no data source {source!r}: not `shapes`, not a .tar, .csv or .tsv, and no folder {path.resolve()}")
         pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
         captions = [clean_caption(p.with_suffix(".txt").read_bytes()) if p.with_suffix(".txt").exists() else "" for p in pictures]
-        pairs = [(str(p), c) for p, c in zip(pictures, captions) if c]
-    if not pairs:
+        pairs = [(str(p), c) for p, c in zip(pictures, captions)]
+    kept = [(p, c) for p, c in pairs if p and c]
+    if not kept:
         raise ValueError(f"{path.resolve()} holds no picture with a caption")
-    return pairs
+    if len(kept) < len(pairs):
+        print(f"warning: {len(pairs) - len(kept):,} of {len(pairs):,} pictures of {source} have no caption", flush=True)
+    return kept
 
 
 @lru_cache(2)   # a batch may lie across two passes
@@ -539,7 +542,8 @@ def leave_signals_to_the_trainer(worker):
     """A signal goes to all processes of a group; the one that trains finishes its step and ends the loading ones. Should it not, they
     end by themselves a little later: SIGTERM is also how Python ends what it waits for when it exits."""
     signal.signal(signal.SIGTERM, lambda *_: threading.Timer(10, os._exit, (0,)).start())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Steps:
@@ -564,13 +568,15 @@ class Batches:
 
     Iterating gives dicts: images uint8 (N, 3, H, W), tokens int64 (N, T) cut to the longest caption, index int64 (R,) flat positions of
     the real tokens. `state` says where the stream stands after the last batch taken: those of all processes, passed in as `states` with the
-    number of steps done, let it go on from there. `skipped` counts dropped samples by reason. Raises ValueError when more than a tenth of
+    number of steps done, let it go on from there. `skipped` counts dropped samples by reason, with those of the run before. Raises ValueError when more than a tenth of
     a thousand samples had to be dropped.
     """
 
     def __init__(self, source, batch_size, image_size, tokenizer, context_length, crop_scale=0.9, seed=0, process=0, processes=1,
-                 workers=0, step=0, states=None, pin_memory=False):
-        self.skipped, self.taken, self.warned, readers = Counter(), 0, set(), max(1, workers)
+                 workers=0, step=0, states=None, skipped=None, pin_memory=False):
+        counts = [Counter(c) for c in skipped or ()]   # of the processes before; how many they were does not matter
+        self.skipped = sum(counts, Counter()) if process == 0 else Counter()
+        self.dropped, self.taken, self.warned, readers = Counter(), 0, set(), max(1, workers)
         settings = dict(num_workers=workers, pin_memory=pin_memory, prefetch_factor=4 if workers else None, worker_init_fn=leave_signals_to_the_trainer)
         share, recipe = batch_size // processes, (seed, image_size, crop_scale, tokenizer, context_length)
         if is_tar(source):
@@ -591,7 +597,8 @@ class Batches:
         for batch in self.loader:
             if "error" in batch:
                 raise ValueError(batch["error"])
-            self.skipped.update(batch.pop("skipped"))
+            skipped = batch.pop("skipped")
+            self.skipped.update(skipped), self.dropped.update(skipped)
             for warning in set(batch.pop("warnings")) - self.warned:
                 self.warned.add(warning)
                 print(f"warning: {warning}", flush=True)
@@ -599,7 +606,7 @@ class Batches:
             if cursor:   # workers take turns: the one that has just delivered goes to the end of the queue
                 self.state = self.state[1:] + [cursor]
             self.taken += len(batch["images"])
-            refuse_if_too_many_are_bad(self.skipped, self.taken)
+            refuse_if_too_many_are_bad(self.dropped, self.taken)
             yield batch
 
 

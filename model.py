@@ -366,6 +366,11 @@ class CLIP(nn.Module):
         for name, scalar in self.row.scalars.items():
             getattr(self, name).clamp_(scalar.low, scalar.high)
 
+    def pinned_scalars(self):
+        """Names of the learned scalars that stand at a bound of their range."""
+        bounds = dict(logit_scale=(-math.inf, math.log(self.config.max_logit_scale)), **{k: (s.low, s.high) for k, s in self.row.scalars.items()})
+        return [name for name, ends in bounds.items() if any(math.isclose(getattr(self, name).item(), end, abs_tol=1e-6) for end in ends)]
+
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # checkpoints: ours, and open_clip's

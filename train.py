@@ -6,7 +6,7 @@
     python train.py --resume                                           # go on with what is in out/
 
 Processes split the batch, not the data: a run is the same run on one process or eight. Its whole state is out/ckpt.pt, its history
-out/log.jsonl. Units: batch in samples over all processes, periods and warm-up in steps, angles in radians.
+out/log.jsonl; out/best.pt is the checkpoint with the best held-out retrieval. Units: batch in samples over all processes, periods and warm-up in steps, angles in radians.
 """
 
 import argparse
@@ -19,12 +19,14 @@ import signal
 import sys
 import time
 import typing
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Optional
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
@@ -176,11 +178,12 @@ def from_process_0(function):
 
 
 class StopSignals:
-    """SIGTERM (a cluster takes its machine back) and Ctrl-C do not end the program: they ask it to finish the step and save. A second one ends it."""
+    """SIGTERM, SIGUSR1 (a cluster takes its machine back) and Ctrl-C do not end the program: they ask it to finish the step and save. A
+    second one ends it."""
 
     def __init__(self):
         self.received = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self.receive)
 
     def receive(self, number, frame):
@@ -194,6 +197,7 @@ def choose_precision(c, device):
     if c.dtype == "bfloat16" and not bf16:
         raise ValueError("--dtype bfloat16: this GPU cannot; use --dtype float32")
     bf16 = c.dtype == "bfloat16" or (c.dtype is None and device.type == "cuda" and bf16)
+    torch.set_float32_matmul_precision("highest")   # torch's default, on purpose: TF32 has ten bits, and the geometry subtracts what it multiplied
     compile = c.compile if c.compile is not None else device.type == "cuda"
     if compile:
         try:
@@ -224,30 +228,37 @@ def build_optimizer(model, c):
     return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, c.beta2), eps=1e-6, fused=True)
 
 
-def backward(net, model, batch, autocast, micro_batch, **entailment):
-    """Gradients of the loss of the whole batch -> what CLIP.losses returns.
+def split(batch, size):
+    """A batch -> parts of `size` samples. On the CPU, because what it computes has to be known there: a GPU would have to be waited for."""
+    N, T = batch["tokens"].shape
+    cuts = torch.searchsorted(batch["index"], torch.arange(0, N + 1, size) * T).tolist()
+    return [dict(images=batch["images"][i * size:(i + 1) * size], tokens=batch["tokens"][i * size:(i + 1) * size],
+                 index=batch["index"][cuts[i]:cuts[i + 1]] - i * size * T) for i in range(N // size)]
 
-    With `micro_batch` the batch never passes the towers at once: embed it in parts without gradient, take the loss and its gradient with
-    respect to the embeddings, then embed again in parts and hand each its gradient. Unlike adding up the losses of small batches this is
-    exact, for every parameter, and processes exchange embeddings and gradients once.
+
+def backward(net, model, parts, autocast, **entailment):
+    """Gradients of the loss of the whole batch -> what CLIP.losses returns. parts: [batch], or what `split` made of it.
+
+    In parts a batch never passes the towers at once: embed them without gradient, take the loss of all and its gradient with respect to
+    the embeddings, then embed the parts again and hand each its gradient. Unlike adding up the losses of small batches this is exact, for
+    every parameter, and processes exchange embeddings and gradients once.
     """
-    if not micro_batch:
+    if len(parts) == 1:
         with autocast:
-            out = net(batch["images"], batch["tokens"], batch["index"], **entailment)
+            out = net(**parts[0], **entailment)
         out["loss"].backward()
         return out
-    parts = list(zip(batch["images"].split(micro_batch), batch["tokens"].split(micro_batch)))
     with autocast, torch.no_grad():
-        image, text = (torch.cat(embeddings) for embeddings in zip(*((model.encode_image(i), model.encode_text(t)) for i, t in parts)))
+        image, text = (torch.cat(e) for e in zip(*((model.encode_image(p["images"]), model.encode_text(p["tokens"], p["index"])) for p in parts)))
     image.requires_grad_(), text.requires_grad_()
     out = model.losses(image, text, **entailment)
     out["loss"].backward()   # reaches both embeddings, the logit scale and the curvature
-    cached = zip(image.grad.split(micro_batch), text.grad.split(micro_batch))
+    cached = zip(image.grad.chunk(len(parts)), text.grad.chunk(len(parts)))
     for i, (part, gradients) in enumerate(zip(parts, cached)):
         wait = net is not model and i < len(parts) - 1   # processes add up their gradients after the last part
         with net.no_sync() if wait else contextlib.nullcontext():
             with autocast:
-                stand_in = net(*part, cached=gradients)
+                stand_in = net(**part, cached=gradients)
             stand_in.backward()
     return out
 
@@ -260,10 +271,10 @@ MUST_AGREE = ("geometry", "logit", "model", "tokenizer", "batch_size", "seed", "
 
 
 def look_into(folder, c, given):
-    """What is in the output folder -> the checkpoint to go on from, or None. Raises ValueError where a run would be overwritten."""
+    """Is there a checkpoint to go on from in the output folder? Raises ValueError where a run would be overwritten or does not fit."""
     path = folder / "ckpt.pt"
     if not path.exists():
-        return None
+        return False
     if not c.resume:
         raise ValueError(f"{path} holds a run already; go on with --resume, or choose another --out_dir")
     checkpoint = read_checkpoint(path)
@@ -272,10 +283,10 @@ def look_into(folder, c, given):
     for name in MUST_AGREE:
         if name in given and getattr(c, name) != checkpoint["train_config"][name]:
             raise ValueError(f"{path} was trained with --{name} {checkpoint['train_config'][name]}, not {getattr(c, name)}")
-    return checkpoint
+    return True
 
 
-def save(path, model, optimizer, c, step, stream):
+def save(path, model, optimizer, c, step, stream, best):
     """Everything a run is, as tensors and plain values. The old file stays whole until the new one is on disk."""
     streams = [(stream.state, dict(stream.skipped))]   # of each process
     if world_size() > 1:
@@ -284,7 +295,7 @@ def save(path, model, optimizer, c, step, stream):
     if rank() == 0:
         states, skipped = map(list, zip(*streams))
         checkpoint = dict(format=1, model=model.state_dict(), model_config=asdict(model.config), train_config=asdict(c),
-                          optimizer=optimizer.state_dict(), step=step, samples=step * c.batch_size, stream=states, skipped=skipped,
+                          optimizer=optimizer.state_dict(), step=step, samples=step * c.batch_size, stream=states, skipped=skipped, best=best,
                           torch=str(torch.__version__))
         temporary = path.with_suffix(".tmp")
         try:
@@ -328,9 +339,9 @@ def training_line(r, steps, c):
 
 
 def held_out_figures(model, source, pairs, workers):
-    """Held-out data -> flat dict for the log."""
+    """Held-out data -> flat dict for the log. val_mean_r1 decides which checkpoint is the best."""
     results = evaluate.held_out(model, source, pairs, workers=workers)
-    figures = {f"val_{k}": results["retrieval"][k] for k in ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")}
+    figures = {f"val_{k}": results["retrieval"][k] for k in ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "mean_r1")}
     return figures | ({f"val_{k}": results["zero_shot"][k] for k in ("top1", "top5")} if results["zero_shot"] else {})
 
 
@@ -361,98 +372,154 @@ def build_model(c, given):
                        max_logit_scale=c.max_logit_scale, quick_gelu=bool(c.quick_gelu)))
 
 
-def train(c, given):
-    stop = StopSignals()
-    device = join_processes(evaluate.pick_device(c.device))
-    folder = Path(c.out_dir)
-    before = from_process_0(lambda: look_into(folder, c, given))
-    if before:   # flags that were not given are those of the run so far
+def prepare(c, given, folder):
+    """Flags and what is in the output folder -> flags with nothing left open, number of steps, the model, the checkpoint to go on from or None."""
+    before = None
+    if from_process_0(lambda: look_into(folder, c, given)):   # flags that were not given are those of the run so far
+        before = read_checkpoint(folder / "ckpt.pt")
         c = replace(c, **{k: v for k, v in before["train_config"].items() if k not in given | {"resume", "out_dir", "device"}})
     elif c.resume:
         print0(f"nothing to resume in {folder}: starting afresh")
-    steps, first = check(c), before["step"] if before else 0
-    if first >= steps:
-        return print0(f"{folder / 'ckpt.pt'} is already complete: {first} steps")
-
-    autocast, compile = choose_precision(c, device)
+    steps = check(c)
     if before:
         model = CLIP(Config(**before["model_config"]))
         check_keys(model, before["model"], folder / "ckpt.pt")
         model.load_state_dict(before["model"])
+        model.config.max_logit_scale = c.max_logit_scale
     else:
         model = build_model(c, given)
     c.tokenizer, c.eval_every = model.config.tokenizer, c.eval_every or -(-steps // 5)
-    model.to(device).recipe.update(asdict(c))
-    optimizer = build_optimizer(model, c)
-    if before:
-        optimizer.load_state_dict(before["optimizer"])
-        for group, decay in zip(optimizer.param_groups, (c.weight_decay, 0.0)):   # which brings the old rates along
-            group.update(weight_decay=decay, betas=(0.9, c.beta2))
-        model.config.max_logit_scale = c.max_logit_scale
+    model.recipe.update(asdict(c))
+    return c, steps, model, before
+
+
+def distribute(model, device, compile):
+    """What is called in place of the model: compiled where asked, with gradients averaged over processes where there are several."""
     if compile:
         model.compile()   # in place: parameters keep their names
-    net = model
-    if world_size() > 1:
-        net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if c.workers is None else c.workers
-    stream = Batches(c.data, c.batch_size, model.config.image_size, c.tokenizer, model.config.context_length, c.crop_scale, c.seed, rank(),
-                     world_size(), workers, step=first, states=before and before["stream"], pin_memory=device.type == "cuda")
-    val_source, held = evaluate.held_out_source(model.recipe), []
-    if val_source:
-        from_process_0(lambda: held.append(held_out_pairs(val_source)))   # now, not after the first thousand steps
-    from_process_0(lambda: folder.mkdir(parents=True, exist_ok=True))
-    log = Log(folder / "log.jsonl", first)
+
+def introduce(c, model, device, workers):
     print0(" ".join(f"--{k} {v}" for k, v in asdict(c).items() if v is not None))
     print0(f"torch {torch.__version__}, {device}, {world_size()} process{'es' * (world_size() > 1)}, {workers} loading workers each, "
            f"{sum(p.numel() for p in model.parameters()):,} parameters")
     print0(f"a model that knows nothing has loss ln({c.batch_size}) = {math.log(c.batch_size):.3f}")
 
-    started, since, waited, reported, batches = time.monotonic(), time.monotonic(), 0.0, first, iter(stream)
-    for step in range(first, steps):
-        lr = learning_rate(step, steps, c.lr, c.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
 
-        asked = time.monotonic()
-        batch = {k: v.to(device, non_blocking=True) for k, v in next(batches).items()}
-        waited += time.monotonic() - asked
+class Guard:
+    """Watches for what quietly spoils a run, without making a GPU wait: from the first gradient that is not finite on, no step is taken on
+    any process (they share the gradient), until the host looks and stops them all."""
 
-        K = torch.full((), min_radius(step, steps, c.min_radius, c.final_min_radius), device=device)   # a float that changes would recompile
-        optimizer.zero_grad()
-        losses = backward(net, model, batch, autocast, c.micro_batch, entailment_weight=c.entailment_weight, min_radius=K)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
-        optimizer.step()
-        model.clamp_scalars()
+    def __init__(self, device):
+        self.failed = torch.full((), -1, device=device)   # step of the first such gradient
+        self.pinned = Counter()                           # scalar -> reports in a row at its bound
 
-        done, stopping = step + 1, on_any_process(stop.received)
-        reporting, saving = (done == steps or stopping or done % every == 0 for every in (c.log_every, c.save_every))
-        if (reporting or saving) and not math.isfinite(grad_norm):   # the same on all processes: all stop here, before anything is saved
-            raise FloatingPointError(f"the gradient is not finite at step {done}: geometry {c.geometry}/{c.logit}, logit scale {model.logit_scale.exp().item():.3g}, "
-                                     f"curvature {torch.as_tensor(model.curvature()).item():.3g}, " + ", ".join(f"{k} {v.item():.3g}" for k, v in losses.items()))
-        if reporting:
-            r = dict(step=done, **dict(zip(losses, mean_over_processes(losses.values()))), grad_norm=grad_norm.item(),
-                     logit_scale=model.logit_scale.exp().item(), curvature=torch.as_tensor(model.curvature()).item(), lr=lr)
-            passed, count = time.monotonic() - since, done - reported
-            r |= dict(samples_per_second=count * c.batch_size / passed, waiting=waited / passed, seconds_left=(steps - done) * passed / count,
-                      skipped=sum(stream.skipped.values()))
-            log.write(**r)
-            print0(training_line(r, steps, c))
-            since, waited, reported = time.monotonic(), 0.0, done
-        if val_source and (done % c.eval_every == 0 or done == steps) and rank() == 0:
+    def watch(self, optimizer, grad_norm, step):
+        self.failed = torch.where((self.failed < 0) & ~grad_norm.isfinite(), step, self.failed)
+        optimizer.found_inf = (self.failed >= 0).float()   # a fused optimizer leaves its step out where this is not 0
+
+    def stop(self, model, losses, grad_norm):
+        if self.failed >= 0:
+            raise FloatingPointError(f"the gradient is not finite at step {self.failed.item()}: geometry {model.config.geometry}/{model.logit}, "
+                                     f"logit scale {model.logit_scale.exp().item():.3g}, curvature {torch.as_tensor(model.curvature()).item():.3g}, "
+                                     f"norm of the gradient {grad_norm.item():.3g}, " + ", ".join(f"{k} {v.item():.3g}" for k, v in losses.items()))
+
+    def warn(self, model):
+        for name in model.pinned_scalars():
+            self.pinned[name] += 1
+            if self.pinned[name] == 10:
+                print0(f"warning: {name} has been at its bound for 10 reports: the loss asks for more than it is allowed")
+
+
+def train(c, given):
+    stop = StopSignals()
+    device = join_processes(evaluate.pick_device(c.device))
+    folder = Path(c.out_dir)
+    c, steps, model, before = prepare(c, given, folder)
+    first, best = (before["step"], before["best"]) if before else (0, None)
+    if first >= steps:
+        return print0(f"{folder / 'ckpt.pt'} is already complete: {first} steps")
+
+    autocast, compile = choose_precision(c, device)
+    optimizer = build_optimizer(model.to(device), c)
+    if before:
+        optimizer.load_state_dict(before["optimizer"])
+        for group, decay in zip(optimizer.param_groups, (c.weight_decay, 0.0)):   # which brings the old rates along
+            group.update(weight_decay=decay, betas=(0.9, c.beta2))
+    net = distribute(model, device, compile)
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if c.workers is None else c.workers
+    stream = Batches(c.data, c.batch_size, model.config.image_size, c.tokenizer, model.config.context_length, c.crop_scale, c.seed, rank(),
+                     world_size(), workers, step=first, states=before and before["stream"], skipped=before and before["skipped"],
+                     pin_memory=device.type == "cuda")
+    val_source, held = evaluate.held_out_source(model.recipe), []
+    if val_source:
+        from_process_0(lambda: held.append(held_out_pairs(val_source)))   # now, not after the first thousand steps
+    from_process_0(lambda: folder.mkdir(parents=True, exist_ok=True))
+    log, guard = Log(folder / "log.jsonl", first), Guard(device)
+    introduce(c, model, device, workers)
+
+    started = since = time.monotonic()
+    waited, reported = 0.0, first
+    with contextlib.closing(iter(stream)) as batches:   # ends the loading processes, whatever happens
+        for step in range(first, steps):
+            lr = learning_rate(step, steps, c.lr, c.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
             asked = time.monotonic()
-            figures = held_out_figures(model, val_source, held[0], workers)
-            log.write(step=done, **figures)
-            print0(f"held-out after {done} steps: " + ", ".join(f"{k[4:]} {v:.1%}" for k, v in figures.items() if v is not None))
-            since += time.monotonic() - asked   # not part of the training speed
-        if saving:
-            save(folder / "ckpt.pt", model, optimizer, c, done, stream)
-        if stopping:
-            return print0(f"stopped by a signal after step {done}; go on with --resume")
+            batch = next(batches)
+            parts = [{k: v.to(device, non_blocking=True) for k, v in part.items()} for part in (split(batch, c.micro_batch) if c.micro_batch else [batch])]
+            waited += time.monotonic() - asked
+            for part in parts if compile else []:   # or each number of tokens would be compiled anew
+                torch._dynamo.mark_dynamic(part["tokens"], 1), torch._dynamo.mark_dynamic(part["index"], 0)
+
+            K = torch.full((), min_radius(step, steps, c.min_radius, c.final_min_radius), device=device)   # a float that changes would recompile
+            optimizer.zero_grad()
+            losses = backward(net, model, parts, autocast, entailment_weight=c.entailment_weight, min_radius=K)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
+            guard.watch(optimizer, grad_norm, step + 1)
+            optimizer.step()
+            model.clamp_scalars()
+
+            done, stopping = step + 1, on_any_process(stop.received)
+            reporting, saving = (done == steps or stopping or done % every == 0 for every in (c.log_every, c.save_every))
+            judging = val_source and (done % c.eval_every == 0 or done == steps)
+            if reporting or saving or judging or device.type == "cpu":   # on a CPU looking costs nothing
+                guard.stop(model, losses, grad_norm)
+            if reporting:
+                r = dict(step=done, **dict(zip(losses, mean_over_processes(losses.values()))), grad_norm=grad_norm.item(),
+                         logit_scale=model.logit_scale.exp().item(), curvature=torch.as_tensor(model.curvature()).item(), lr=lr)
+                passed, count = time.monotonic() - since, done - reported
+                r |= dict(samples_per_second=count * c.batch_size / passed, waiting=waited / passed, seconds_left=(steps - done) * passed / count,
+                          skipped=sum(stream.skipped.values()))
+                log.write(**r)
+                print0(training_line(r, steps, c))
+                guard.warn(model)
+                since, waited, reported = time.monotonic(), 0.0, done
+            if judging:
+                asked, figures = time.monotonic(), None
+                if rank() == 0:
+                    figures = held_out_figures(model, val_source, held[0], workers)
+                    log.write(step=done, **figures)
+                    print0(f"held-out after {done} steps: " + ", ".join(f"{k[4:]} {v:.1%}" for k, v in figures.items() if v is not None))
+                score = from_process_0(lambda: figures["val_mean_r1"])
+                if score is not None and (best is None or score > best):
+                    best = score
+                    save(folder / "best.pt", model, optimizer, c, done, stream, best)
+                since += time.monotonic() - asked   # not part of the training speed
+            if saving:
+                save(folder / "ckpt.pt", model, optimizer, c, done, stream, best)
+            if stopping:
+                return print0(f"stopped by a signal after step {done}; go on with --resume")
     print0(f"{steps} steps in {time.monotonic() - started:.0f} s; {folder / 'ckpt.pt'} is ready for evaluate.py")
 
 
+@record   # torchrun shows the error of the process that failed first, last
 def main():
     c, given = parse()
     try:

@@ -10,6 +10,7 @@ import random
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")   # the profiler announces each start otherwise
@@ -24,6 +25,7 @@ import data
 from geometry import GEOMETRIES, entailment_loss, similarity
 from model import CLIP, PRESETS, Config, contrastive_loss
 
+warnings.filterwarnings("ignore", module="torch", category=FutureWarning)   # torch.compile, about torch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -180,11 +182,12 @@ def matrix_peak(dtype):
 
 
 def flops(config, N, real):
-    """Multiply-adds of forward and backward (three times forward), both towers, times two; attention over padded shapes is left out."""
-    layer = lambda width: 12 * width**2
+    """FLOPs of forward and backward (three times forward): 12 C^2 multiply-adds per token and layer, the last layer's but 2 C^2 for one token
+    only; those of attention scores are left out."""
+    tower = lambda tokens, layers, C: 12 * C**2 * (tokens * (layers - 1) + N) + 2 * C**2 * (tokens - N)
     patches = (config.image_size // config.patch_size) ** 2
-    image = N * ((1 + patches) * config.vision_layers * layer(config.vision_width) + patches * 3 * config.patch_size**2 * config.vision_width)
-    return 6 * (image + real * config.text_layers * layer(config.text_width))
+    image = tower(N * (1 + patches), config.vision_layers, config.vision_width) + N * patches * 3 * config.patch_size**2 * config.vision_width
+    return 6 * (image + tower(real, config.text_layers, config.text_width))
 
 
 def bench_steps():
@@ -204,11 +207,13 @@ def bench_steps():
         tokens = torch.randint(1, 49406, (N, 77))
         tokens[torch.arange(N), lengths - 1] = 49407
         tokens[torch.arange(77) >= lengths[:, None]] = 0
-        real = (torch.arange(77) < lengths[:, None]).flatten().nonzero().squeeze(1)
-        every = torch.arange(N * 77)
-        tokens, real, every = (t.to(DEVICE) for t in (tokens, real, every))
+        longest = int(lengths.max())
+        real = (torch.arange(longest) < lengths[:, None]).flatten().nonzero().squeeze(1)   # as data.Batches gives them
 
-        def step(index):
+        def step(tokens, index):
+            tokens, index = tokens.to(DEVICE), index.to(DEVICE)
+            torch._dynamo.mark_dynamic(tokens, 1), torch._dynamo.mark_dynamic(index, 0)
+
             def run():
                 optimizer.zero_grad()
                 with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=on_gpu):
@@ -217,7 +222,7 @@ def bench_steps():
                 optimizer.step()
             return run
 
-        fast, slow = seconds(step(real), step(every), repeats=10 if on_gpu else 3)
+        fast, slow = seconds(step(tokens[:, :longest], real), step(tokens, torch.arange(N * 77)), repeats=10 if on_gpu else 3)
         rate = flops(config, N, len(real)) / fast
         print(f"{name:10} batch {N:4}: {1 / fast:6.2f} steps/s, {N / fast:8.0f} samples/s, {rate / 1e12:7.3f} TFLOP/s, MFU {rate / peak:4.0%}; "
               f"padded text {N / slow:8.0f} samples/s, unpadded {slow / fast:.2f} times faster")

@@ -5,16 +5,19 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import data
 from geometry import GEOMETRIES
 from model import CLIP, FOREIGN_NAMES, PRESETS, Config, load_model, real_tokens
+from train import backward, split
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = Config(image_size=16, patch_size=8, vision_width=64, vision_layers=2, text_width=64, text_layers=2, embed_dim=32, vocab_size=258,
@@ -186,24 +189,23 @@ def test_presets_have_the_sizes_of_the_released_models():
 WORKER = """
 import sys, torch, torch.distributed as dist
 sys.path[:0] = [{root!r}, {tests!r}]
-from test_model import small, small_batch
+from test_model import in_parts, small, small_batch
 from model import rank, world_size
 from train import backward
 from contextlib import nullcontext
 
 def main():
-    images, tokens = small_batch()
-    mine = slice(rank() * 8 // world_size(), (rank() + 1) * 8 // world_size())
+    images, tokens = small_batch(16)
+    mine = slice(rank() * 16 // world_size(), (rank() + 1) * 16 // world_size())
     result = {{}}
-    for micro in (0, 2):
+    for parts in (1, 4, 8):
         for geometry in ("clip", "euclidean", "hyperbolic"):
             model = small(geometry).double()
             net = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-            batch = dict(images=images[mine], tokens=tokens[mine], index=None)
-            out = backward(net, model, batch, nullcontext(), micro, entailment_weight=0.0 if geometry == "clip" else 0.2, min_radius=0.1)
+            out = backward(net, model, in_parts(images[mine], tokens[mine], parts), nullcontext(), entailment_weight=0.0 if geometry == "clip" else 0.2, min_radius=0.1)
             loss = out["loss"].detach()
             dist.all_reduce(loss)
-            result[geometry, micro] = (loss / world_size(), {{n: p.grad for n, p in model.named_parameters()}})
+            result[geometry, parts] = (loss / world_size(), {{n: p.grad for n, p in model.named_parameters()}})
     if rank() == 0:
         torch.save(result, {out!r})
 
@@ -219,19 +221,46 @@ def torchrun(processes, script, *args, timeout=100, cwd=None):
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+def in_parts(images, tokens, parts):
+    index = real_tokens(tokens, 257).flatten().nonzero().squeeze(1)
+    return split(dict(images=images, tokens=tokens, index=index), len(images) // parts)
+
+
 def test_two_processes_equal_one_and_parts_equal_the_whole(tmp_path):
-    """Loss to 1e-6, every parameter's gradient to 1e-6 relative; with entailment, and with --micro_batch, in all geometries."""
+    """Loss and every parameter's gradient to 1e-6 relative: with entailment, with --micro_batch making 4 and 8 parts, in all geometries."""
     (tmp_path / "worker.py").write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests"), out=str(tmp_path / "result.pt")))
     done = torchrun(2, tmp_path / "worker.py")
     assert done.returncode == 0, done.stderr
-    for (geometry, micro), (loss, gradients) in torch.load(tmp_path / "result.pt").items():
-        model, (images, tokens) = small(geometry).double(), small_batch()
-        out = model(images, tokens, entailment_weight=0.0 if geometry == "clip" else 0.2, min_radius=0.1)
-        out["loss"].backward()
-        assert loss.item() == pytest.approx(out["loss"].item(), rel=1e-6)
-        for name, p in model.named_parameters():
-            difference, size = (gradients[name] - p.grad).abs().max(), p.grad.abs().max()
-            assert difference <= 1e-6 * size, f"{geometry}, micro_batch {micro}, {name}: {difference / size:.1e}"
+    two = torch.load(tmp_path / "result.pt")
+    for geometry in GEOMETRIES:
+        entailment = dict(entailment_weight=0.0 if geometry == "clip" else 0.2, min_radius=0.1)
+        whole, (images, tokens) = small(geometry).double(), small_batch(16)
+        expected = whole(images, tokens, **entailment)["loss"]
+        expected.backward()
+        results = {("two processes", parts): two[geometry, parts] for parts in (1, 4, 8)}
+        for parts in (4, 8):
+            model = small(geometry).double()
+            loss = backward(model, model, in_parts(images, tokens, parts), nullcontext(), **entailment)["loss"]
+            results["one process", parts] = loss, {n: p.grad for n, p in model.named_parameters()}
+        for case, (loss, gradients) in results.items():
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+            for name, p in whole.named_parameters():
+                difference, size = (gradients[name] - p.grad).abs().max(), p.grad.abs().max()
+                assert difference <= 1e-6 * size, f"{geometry}, {case}, {name}: {difference / size:.1e}"
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_the_model_is_compiled_once_for_any_number_of_tokens(geometry):
+    torch._dynamo.reset()
+    counter, model, counts = CompileCounter(), small(geometry, context_length=77), []
+    model.compile(backend=counter)
+    for words in range(1, 6):
+        captions = ["very " * (words + i % 3) + "red" for i in range(8)]
+        batch, = in_parts(small_batch()[0], data.tokenize(captions, "bytes")[:, :15 + 5 * words], 1)
+        torch._dynamo.mark_dynamic(batch["tokens"], 1), torch._dynamo.mark_dynamic(batch["index"], 0)
+        model(**batch, entailment_weight=0.0 if geometry == "clip" else 0.2, min_radius=torch.tensor(0.1))["loss"].backward()
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[-1] > 0, counts
 
 
 # files
