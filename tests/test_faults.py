@@ -225,9 +225,9 @@ def test_fault_21_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 def test_fault_21_kill_9_around_saves_changes_nothing(tmp_path):
     """Killed at random moments of a run that saves after every step; each time what is left must load. KILL_ROUNDS=20 for more rounds."""
     rng, env = random.Random(0), os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), "--samples", "480", "--batch_size", "8", "--log_every", "1", "--save_every", "1", "--eval_every", "1000",
+    command = [sys.executable, str(ROOT / "train.py"), "--samples", "240", "--batch_size", "8", "--log_every", "1", "--save_every", "1", "--eval_every", "1000",
                "--workers", "0", "--device", "cpu", "--resume", "--out_dir"]
-    rounds = int(os.environ.get("KILL_ROUNDS", 3))
+    rounds = int(os.environ.get("KILL_ROUNDS", 2))
     signal.alarm(60 + 10 * rounds)
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, env=env)
     for _ in range(rounds):
