@@ -439,7 +439,7 @@ def train(c, given):
     device = join_processes(evaluate.pick_device(c.device))
     folder = Path(c.out_dir)
     c, steps, model, before = prepare(c, given, folder)
-    first, best = (before["step"], before["best"]) if before else (0, None)
+    first, best = (before["step"], before.get("best")) if before else (0, None)
     if first >= steps:
         return print0(f"{folder / 'ckpt.pt'} is already complete: {first} steps")
 

@@ -400,7 +400,7 @@ def test_fuzz(tmp_path, kind, monkeypatch, capsys):
         else:
             tar_of(path, [(n, mutate(c, rng) if n.endswith("jpg" if kind == "jpeg" else "txt") else c) for n, c in members])
         try:
-            stream, seen, cursor = Batches(str(path), 1, 16, "bytes", 77), 0, (0, 0, 0)
+            stream, seen = Batches(str(path), 1, 16, "bytes", 77), 0
             for batch in stream:
                 if stream.state[0][1][0]:   # the second pass
                     break
