@@ -540,8 +540,12 @@ def refuse_if_too_many_are_bad(skipped, taken):
 
 def leave_signals_to_the_trainer(worker):
     """A signal goes to all processes of a group; the one that trains finishes its step and ends the loading ones. Should it not, they
-    end by themselves a little later: SIGTERM is also how Python ends what it waits for when it exits."""
-    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(10, os._exit, (0,)).start())
+    end by themselves when torchrun's patience (30 s) is over: SIGTERM is also how Python ends what it waits for when it exits."""
+    def end_later(number, frame):
+        timer = threading.Timer(30, os._exit, (0,))
+        timer.daemon = True
+        timer.start()
+    signal.signal(signal.SIGTERM, end_later)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

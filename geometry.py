@@ -103,7 +103,7 @@ def snap(s, unit):
     """Directions closer than a matmul can tell apart are the same direction: hav < 2 eps -> 0 with zero gradient, here of s = unit * hav.
     The derivative of sqrt(hav) grows like 1/sqrt(hav): on rounding noise it would be thousands of times too large. Squared logits need
     no snap."""
-    return torch.where(s > 2 * torch.finfo(s.dtype).eps * unit, s, 0)
+    return torch.where(s <= 2 * torch.finfo(s.dtype).eps * unit, 0, s)   # NaN stays NaN
 
 
 def haversine_of_pairs(u, v):

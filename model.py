@@ -307,7 +307,7 @@ class CLIP(nn.Module):
 
     def encode_text(self, tokens, index=None):
         """tokens (N, T) int64, T <= context_length, padded after the end token -> embeddings (N, D). `index` (R,): flat positions of
-        the real tokens in (N, T) where the caller knows them (data.collate)."""
+        the real tokens in (N, T) where the caller knows them (data.Batches)."""
         return geo.project(self.text(tokens, index), self.config.geometry, getattr(self, "alpha_text", None))
 
     def curvature(self):

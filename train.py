@@ -489,7 +489,7 @@ def train(c, given):
             done, stopping = step + 1, on_any_process(stop.received)
             reporting, saving = (done == steps or stopping or done % every == 0 for every in (c.log_every, c.save_every))
             judging = val_source and (done % c.eval_every == 0 or done == steps)
-            if reporting or saving or judging or device.type == "cpu":   # on a CPU looking costs nothing
+            if reporting or saving or judging or device.type != "cuda":   # elsewhere looking costs nothing
                 guard.stop(model, losses, grad_norm)
             if reporting:
                 r = dict(step=done, **dict(zip(losses, mean_over_processes(losses.values()))), grad_norm=grad_norm.item(),
@@ -502,17 +502,16 @@ def train(c, given):
                 guard.warn(model)
                 since, waited, reported = time.monotonic(), 0.0, done
             if judging:
-                asked, figures = time.monotonic(), None
-                if rank() == 0:
-                    figures = held_out_figures(model, val_source, held[0], workers)
-                    log.write(step=done, **figures)
-                    print0(f"held-out after {done} steps: " + ", ".join(f"{k[4:]} {v:.1%}" for k, v in figures.items() if v is not None))
-                score = from_process_0(lambda: figures["val_mean_r1"])
+                asked = time.monotonic()
+                figures = from_process_0(lambda: held_out_figures(model, val_source, held[0], workers))
+                log.write(step=done, **figures)
+                print0(f"held-out after {done} steps: " + ", ".join(f"{k[4:]} {v:.1%}" for k, v in figures.items() if v is not None))
+                score = figures["val_mean_r1"]
                 if score is not None and (best is None or score > best):
                     best = score
                     save(folder / "best.pt", model, optimizer, c, done, stream, best)
                 since += time.monotonic() - asked   # not part of the training speed
-            if saving:
+            if saving or judging:   # never a best checkpoint without one to go on from
                 save(folder / "ckpt.pt", model, optimizer, c, done, stream, best)
             if stopping:
                 return print0(f"stopped by a signal after step {done}; go on with --resume")
