@@ -386,7 +386,7 @@ def index_shard(path):
     """Read a shard's headers -> [(picture offset, size, caption offset, size, caption in json?)], extensions seen, warning or None.
 
     Members of one sample share their path up to the last dot and may stand anywhere. Python's tarfile ends silently at most kinds of
-    damage, so the end is looked at: an undamaged archive closes with a block of zeros.
+    damage, so the end is looked at: an undamaged archive closes with zeros and nothing else.
     """
     groups, seen, end, warning = {}, Counter(), 0, None
     try:
@@ -402,7 +402,8 @@ def index_shard(path):
                     groups.setdefault(key, {}).setdefault(kind, (member.offset_data, member.size))   # of duplicate keys the first
         with open(path, "rb") as file:
             file.seek(end)
-            if file.read(512) != bytes(512):
+            rest = file.read(1 << 20)
+            if len(rest) < 512 or rest.strip(b"\0"):   # a block of zeros in the middle is no end
                 warning = f"shard {path} is damaged or cut short after byte {end:,} of {total:,}; what follows is lost"
     except (OSError, tarfile.TarError) as error:
         warning = f"shard {path} cannot be read{' to its end' if groups else ''} ({error})"
