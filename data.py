@@ -573,14 +573,14 @@ class Batches:
 
     Iterating gives dicts: images uint8 (N, 3, H, W), tokens int64 (N, T) cut to the longest caption, index int64 (R,) flat positions of
     the real tokens. `state` says where the stream stands after the last batch taken: those of all processes, passed in as `states` with the
-    number of steps done, let it go on from there. `skipped` counts dropped samples by reason, with those of the run before. Raises ValueError when more than a tenth of
-    a thousand samples had to be dropped.
+    number of steps done, let it go on from there. `skipped` counts dropped samples by reason, with those of the run before. Raises
+    ValueError when more than a tenth of a thousand samples had to be dropped.
     """
 
     def __init__(self, source, batch_size, image_size, tokenizer, context_length, crop_scale=0.9, seed=0, process=0, processes=1,
                  workers=0, step=0, states=None, skipped=None, pin_memory=False):
         counts = [Counter(c) for c in skipped or ()]   # of the processes before; how many they were does not matter
-        self.skipped = sum(counts, Counter()) if process == 0 else Counter()
+        self.skipped_before = sum(counts, Counter()) if process == 0 else Counter()
         self.dropped, self.taken, self.warned, readers = Counter(), 0, set(), max(1, workers)
         settings = dict(num_workers=workers, pin_memory=pin_memory, prefetch_factor=4 if workers else None, worker_init_fn=leave_signals_to_the_trainer)
         share, recipe = batch_size // processes, (seed, image_size, crop_scale, tokenizer, context_length)
@@ -598,12 +598,15 @@ class Batches:
             data = AddressedBatches(Shapes() if source == "shapes" else PairList(source), *recipe)
             self.loader = DataLoader(data, batch_sampler=Steps(step, batch_size, process, processes), collate_fn=as_it_is, **settings)
 
+    @property
+    def skipped(self):
+        return self.skipped_before + self.dropped
+
     def __iter__(self):
         for batch in self.loader:
             if "error" in batch:
                 raise ValueError(batch["error"])
-            skipped = batch.pop("skipped")
-            self.skipped.update(skipped), self.dropped.update(skipped)
+            self.dropped.update(batch.pop("skipped"))
             for warning in set(batch.pop("warnings")) - self.warned:
                 self.warned.add(warning)
                 print(f"warning: {warning}", flush=True)

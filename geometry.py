@@ -178,8 +178,9 @@ def hyperbolic_s(x, y, curv, snapped=False):
     (a, u), (b, v) = polar(x, curv), polar(y, curv)
     a, b = cap(a), cap(b)                                                                    # (N, 1), (M, 1)
     walk = (a / 2).exp() / 2 * (-b / 2).exp().T - (-a / 2).exp() / 2 * (b / 2).exp().T       # sinh((a - b)/2)
-    both = torch.sinh(a) * torch.sinh(b).T
-    turn = torch.addmm(both, torch.sinh(a) * u, (torch.sinh(b) * v).T, beta=0.5, alpha=-0.5) # sinh(a) sinh(b) hav
+    sinh_a, sinh_b = torch.sinh(a), torch.sinh(b)
+    both = sinh_a * sinh_b.T
+    turn = torch.addmm(both, sinh_a * u, (sinh_b * v).T, beta=0.5, alpha=-0.5)               # sinh(a) sinh(b) hav
     turn = snap(turn, both.detach()) if snapped else torch.relu(turn)
     return walk.square() + turn
 

@@ -109,19 +109,19 @@ class QuickGELU(nn.Module):
 class Packing(NamedTuple):
     """Captions average a dozen tokens of 77. Dense layers see the real tokens only, as (R, C); attention alone needs rows and columns
     of captions, (N, T, C). Exact: attention is causal, so what stands after the end token is never looked at."""
+    real: torch.Tensor    # bool (N, T): up to and including each end token, which is also what that looks at
     index: torch.Tensor   # (R,) flat positions in (N, T) of the tokens that are computed
-    ends: torch.Tensor    # (N,) columns of the end tokens
-    N: int
-    T: int
 
     def pad(self, x):     # (R, C) -> (N, T, C)
-        return x.new_zeros(self.N * self.T, x.shape[1]).index_copy(0, self.index, x).view(self.N, self.T, -1)
+        return x.new_zeros(self.real.numel(), x.shape[1]).index_copy(0, self.index, x).view(*self.real.shape, -1)
 
     def pack(self, x):    # (N, T, C) -> (R, C)
         return x.flatten(0, 1).index_select(0, self.index)
 
-    def mask(self):       # which keys an end token looks at, (N, 1, 1, T)
-        return (torch.arange(self.T, device=self.ends.device) <= self.ends[:, None])[:, None, None]
+
+def pick(x, rows):
+    """Rows (N,) of x (..., C), flattened -> (N, C)."""
+    return x.flatten(0, -2).index_select(0, rows)
 
 
 class Attention(nn.Module):
@@ -136,11 +136,11 @@ class Attention(nn.Module):
         """x (N, T, C), or (R, C) with a packing -> the same shape; with `rows` (N,), one row of flattened x per sample -> those, (N, C)."""
         w, b, C = self.in_proj_weight, self.in_proj_bias, x.shape[-1]
         if rows is not None:
-            q = F.linear(x.flatten(0, -2).index_select(0, rows), w[:C], b[:C]).unflatten(1, (self.heads, 1, -1))   # (N, H, 1, C/H)
+            q = F.linear(pick(x, rows), w[:C], b[:C]).unflatten(1, (self.heads, 1, -1))   # (N, H, 1, C/H)
             kv = F.linear(x, w[C:], b[C:])
             kv = packing.pad(kv) if packing else kv                                  # (N, T, 2C)
             k, v = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)       # (N, H, T, C/H) each
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.mask() if packing else None)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.real[:, None, None] if packing else None)
             return self.out_proj(y.flatten(1))
         qkv = F.linear(x, w, b)
         qkv = packing.pad(qkv) if packing else qkv                                   # (N, T, 3C)
@@ -161,7 +161,7 @@ class Block(nn.Module):
 
     def forward(self, x, packing=None, rows=None):
         y = self.attn(self.ln_1(x), packing, rows)
-        x = y + (x if rows is None else x.flatten(0, -2).index_select(0, rows))
+        x = y + (x if rows is None else pick(x, rows))
         return x + self.mlp.c_proj(self.mlp.gelu(self.mlp.c_fc(self.ln_2(x))))
 
 
@@ -215,10 +215,15 @@ class TextTower(nn.Module):
         index = real.flatten().nonzero().squeeze(1) if index is None else index      # nonzero makes a GPU wait; the loop passes index
         # F.embedding for both tables: the backward of table[index] is not reproducible with two threads
         x = self.token_embedding(tokens.flatten().index_select(0, index)) + F.embedding(index % T, self.positional_embedding)
-        ends = real.sum(1) - 1                                                       # (N,)
-        rows = torch.searchsorted(index, torch.arange(N, device=tokens.device) * T + ends)
-        x = self.transformer(x, rows, Packing(index, ends, N, T))                    # (N, C)
+        ends = torch.arange(N, device=tokens.device) * T + real.sum(1) - 1           # flat position of each end token
+        x = self.transformer(x, torch.searchsorted(index, ends), Packing(real, index))   # (N, C)
         return self.ln_final(x) @ self.text_projection                               # (N, D)
+
+
+def any_length(tokens, index):
+    """Tell torch.compile that the number of tokens changes from batch to batch; or it would compile anew for each."""
+    torch._dynamo.mark_dynamic(tokens, 1)
+    torch._dynamo.mark_dynamic(index, 0)
 
 
 def real_tokens(tokens, end):

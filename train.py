@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 import evaluate
 import geometry as geo
 from data import Batches, find_tokenizer, held_out_pairs
-from model import CLIP, PRESETS, Config, check_keys, load_model, rank, read_checkpoint, world_size
+from model import CLIP, PRESETS, Config, any_length, check_keys, load_model, rank, read_checkpoint, world_size
 
 
 def flag(default, help):
@@ -409,6 +409,10 @@ def introduce(c, model, device, workers):
     print0(f"a model that knows nothing has loss ln({c.batch_size}) = {math.log(c.batch_size):.3f}")
 
 
+def scale_and_curvature(model):
+    return dict(logit_scale=model.logit_scale.exp().item(), curvature=torch.as_tensor(model.curvature()).item())
+
+
 class Guard:
     """Watches for what quietly spoils a run, without making a GPU wait: from the first gradient that is not finite on, no step is taken on
     any process (they share the gradient), until the host looks and stops them all."""
@@ -423,9 +427,9 @@ class Guard:
 
     def stop(self, model, losses, grad_norm):
         if self.failed >= 0:
+            values = scale_and_curvature(model) | {"norm of the gradient": grad_norm.item()} | {k: v.item() for k, v in losses.items()}
             raise FloatingPointError(f"the gradient is not finite at step {self.failed.item()}: geometry {model.config.geometry}/{model.logit}, "
-                                     f"logit scale {model.logit_scale.exp().item():.3g}, curvature {torch.as_tensor(model.curvature()).item():.3g}, "
-                                     f"norm of the gradient {grad_norm.item():.3g}, " + ", ".join(f"{k} {v.item():.3g}" for k, v in losses.items()))
+                                     + ", ".join(f"{k.replace('logit_scale', 'logit scale')} {v:.3g}" for k, v in values.items()))
 
     def warn(self, model):
         for name in model.pinned_scalars():
@@ -456,6 +460,7 @@ def train(c, given):
     stream = Batches(c.data, c.batch_size, model.config.image_size, c.tokenizer, model.config.context_length, c.crop_scale, c.seed, rank(),
                      world_size(), workers, step=first, states=before and before["stream"], skipped=before and before["skipped"],
                      pin_memory=device.type == "cuda")
+    del before   # a copy of all weights
     val_source, held = evaluate.held_out_source(model.recipe), []
     if val_source:
         from_process_0(lambda: held.append(held_out_pairs(val_source)))   # now, not after the first thousand steps
@@ -475,8 +480,8 @@ def train(c, given):
             batch = next(batches)
             parts = [{k: v.to(device, non_blocking=True) for k, v in part.items()} for part in (split(batch, c.micro_batch) if c.micro_batch else [batch])]
             waited += time.monotonic() - asked
-            for part in parts if compile else []:   # or each number of tokens would be compiled anew
-                torch._dynamo.mark_dynamic(part["tokens"], 1), torch._dynamo.mark_dynamic(part["index"], 0)
+            for part in parts if compile else []:
+                any_length(part["tokens"], part["index"])
 
             K = torch.full((), min_radius(step, steps, c.min_radius, c.final_min_radius), device=device)   # a float that changes would recompile
             optimizer.zero_grad()
@@ -493,7 +498,7 @@ def train(c, given):
                 guard.stop(model, losses, grad_norm)
             if reporting:
                 r = dict(step=done, **dict(zip(losses, mean_over_processes(losses.values()))), grad_norm=grad_norm.item(),
-                         logit_scale=model.logit_scale.exp().item(), curvature=torch.as_tensor(model.curvature()).item(), lr=lr)
+                         **scale_and_curvature(model), lr=lr)
                 passed, count = time.monotonic() - since, done - reported
                 r |= dict(samples_per_second=count * c.batch_size / passed, waiting=waited / passed, seconds_left=(steps - done) * passed / count,
                           skipped=sum(stream.skipped.values()))

@@ -23,7 +23,7 @@ from PIL import Image
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 import data
 from geometry import GEOMETRIES, entailment_loss, similarity
-from model import CLIP, PRESETS, Config, contrastive_loss
+from model import CLIP, PRESETS, Config, any_length, contrastive_loss
 
 warnings.filterwarnings("ignore", module="torch", category=FutureWarning)   # torch.compile, about torch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -212,7 +212,7 @@ def bench_steps():
 
         def step(tokens, index):
             tokens, index = tokens.to(DEVICE), index.to(DEVICE)
-            torch._dynamo.mark_dynamic(tokens, 1), torch._dynamo.mark_dynamic(index, 0)
+            any_length(tokens, index)
 
             def run():
                 optimizer.zero_grad()

@@ -9,7 +9,6 @@ import math
 import multiprocessing
 import os
 import random
-import signal
 import tarfile
 from collections import Counter
 
@@ -260,15 +259,20 @@ def test_index_holds_the_flat_positions_of_real_tokens():
     assert batch["tokens"].flatten()[batch["index"]].min() > 0
 
 
-def write_shard(path, samples, first=0):
-    """samples: [(picture bytes, caption)] -> a tar in webdataset's layout."""
+def tar_of(path, members):
+    """[(name, content)] -> a tar of exactly these members."""
     with tarfile.open(path, "w") as tar:
-        for i, (picture, caption) in enumerate(samples, first):
-            for name, content in ((f"{i:05d}.jpg", picture), (f"{i:05d}.txt", caption.encode())):
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
     return path
+
+
+def write_shard(path, samples):
+    """samples: [(picture bytes, caption)] -> a tar in webdataset's layout."""
+    files = lambda i, picture, caption: [(f"{i:05d}.jpg", picture), (f"{i:05d}.txt", caption.encode())]
+    return tar_of(path, [member for i, sample in enumerate(samples) for member in files(i, *sample)])
 
 
 @pytest.fixture(scope="module")
@@ -353,18 +357,6 @@ def test_pictures_that_cannot_be_read_are_replaced_and_counted(tmp_path):
         (tmp_path / f"{i:02d}.txt").write_text(str(i))
     stream = Batches(str(tmp_path), 40, 16, "bytes", 77)
     assert len(next(iter(stream))["images"]) == 40 and stream.skipped == {"picture broken": 1}
-
-
-@pytest.fixture
-def time_limit():
-    """A hang is a failure: an alarm ends the test after 30 seconds."""
-    def ring(number, frame):
-        raise TimeoutError("the stream hangs")
-    previous = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(30)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, previous)
 
 
 def test_fault_8_14_shards_of_broken_pictures_only_are_refused_with_the_counts(tmp_path, time_limit):

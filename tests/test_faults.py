@@ -2,7 +2,6 @@
 with their subjects. Every test has a time limit, because the worst answer is none."""
 
 import gzip
-import io
 import os
 import random
 import resource
@@ -23,38 +22,20 @@ import data
 import train
 from data import Batches
 from model import load_model, read_checkpoint
-from test_data import captions_of, encoded, photo, write_shard
+from test_data import captions_of, encoded, photo, tar_of, write_shard
 from test_model import ROOT, torchrun
 from test_train import SHORT, StopAfter, in_process, same_weights
 
 JPEG = encoded(photo(48, 40), "JPEG")
 
 
-@pytest.fixture(autouse=True)
-def time_limit():
-    def ring(number, frame):
-        raise TimeoutError("this hangs")
-    previous = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, previous)
-
-
-def tar_of(path, members):
-    """[(name, content)] -> a tar of exactly these members."""
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return str(path)
+TIME_LIMIT, pytestmark = 60, pytest.mark.usefixtures("time_limit")
 
 
 def one_pass(source):
     """-> captions of one pass over shards, what was skipped up to the last of them, warnings."""
     skipped, warnings, captions, so_far = Counter(), [], [], {}
-    for _, caption, cursor in data.Shards(source, 0).samples(0, 1, (0, 0, 0), skipped, warnings):
+    for _, caption, cursor in data.Shards(str(source), 0).samples(0, 1, (0, 0, 0), skipped, warnings):
         if cursor[0]:
             break
         captions.append(caption)
@@ -91,7 +72,7 @@ def test_fault_04_a_damaged_tar_gives_what_stands_before_the_damage_and_a_warnin
     else:
         raw = raw[:{"middle of a member": fifth.offset_data + 100, "border of a member": fifth.offset, "inside a header": fifth.offset + 200}[damage]]
     path.write_bytes(raw)
-    captions, _, warnings = one_pass(str(path))
+    captions, _, warnings = one_pass(path)
     assert captions == [f"caption {i}" for i in range(4)] and len(warnings) == 1 and "a.tar" in warnings[0]
 
 
@@ -130,9 +111,8 @@ def test_fault_08_09_pictures_that_cannot_be_read_are_skipped_and_counted(tmp_pa
 
 def test_fault_12_captions_of_every_kind_are_cleaned_or_skipped(tmp_path):
     raw = [b"", b"  \n ", b"\xff\xfe caf\xe9", b"\xef\xbb\xbfBOM", b"a\0b", b"long " * 20_000, b"<|endoftext|> red"]
-    source = write_shard(tmp_path / "a.tar", [])
-    tar_of(source, [(f"{i}.{kind}", content) for i, text in enumerate(raw) for kind, content in (("jpg", JPEG), ("txt", text))])
-    captions, skipped, _ = one_pass(str(source))
+    source = tar_of(tmp_path / "a.tar", [(f"{i}.{kind}", content) for i, text in enumerate(raw) for kind, content in (("jpg", JPEG), ("txt", text))])
+    captions, skipped, _ = one_pass(source)
     assert set(skipped) <= {"no caption"} and len(captions) == 5 and {"BOM", "a b", "<|endoftext|> red"} <= set(captions) and max(map(len, captions)) <= 10_000
     (batch,), _ = from_stream(source, size=5)
     assert ((batch["tokens"] == 257).sum(1) == 1).all()
