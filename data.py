@@ -282,6 +282,12 @@ def held_out_scenes():
     return ones + sorted(twos, key=lambda scene: rng.random())[:HELD_OUT]
 
 
+def held_out_levels():
+    """Captions of each held-out picture of two objects, from "a shape" to its own: HELD_OUT lists of one caption per level."""
+    rng = random.Random("levels")
+    return [[describe(scene, level, rng) for level in range(len(LEVELS))] for scene in held_out_scenes()[HELD_OUT:]]
+
+
 def held_out_shape(i, size):
     return to_tensor(draw(held_out_scenes()[i], random.Random(f"held out {i}"), size))
 
@@ -639,8 +645,9 @@ class Pictures(Dataset):
 
 
 def stack_pictures(items):
-    """What came out of `Pictures` -> uint8 (N, 3, size, size), or the first sentence among it."""
-    return next((i for i in items if isinstance(i, str)), None) or torch.stack(items)
+    """What came out of `Pictures` -> uint8 (N, 3, size, size) of those that could be read, {place in the batch: sentence} of the others."""
+    good = [i for i in items if not isinstance(i, str)]
+    return torch.stack(good) if good else (), {n: i for n, i in enumerate(items) if isinstance(i, str)}
 
 
 def held_out_pairs(source):

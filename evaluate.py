@@ -3,16 +3,19 @@
     python evaluate.py out/ckpt.pt                                               # on the held-out data of its training
     python evaluate.py ckpt.pt --classification imagenet/val --classnames names.txt
     python evaluate.py ckpt.pt --retrieval dataset_coco.json --images coco --split test
+    python evaluate.py out/ckpt.pt --traverse photo.jpg --captions captions.txt  # from the specific to the general, down to the root
+    python evaluate.py out/ckpt.pt --query "a red circle" --images photos        # search a folder in your own words
 
 The measures are pure functions of embeddings. Ties count against us: a right answer that shares its similarity with k wrong ones ranks
 below all of them, so a model that gives everybody the same embedding scores 0 and not 100 %. Similarities are the training's own, in
 float32, a block of rows at a time.
 
-Axes: N pictures, M captions or classes, P prompts, D embedding width.
+Axes: N pictures, M captions or classes, P prompts, S steps, D embedding width.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -26,9 +29,10 @@ from torch.utils.data import DataLoader
 
 import data
 import geometry as geo
-from model import load_model
+from model import load_model, read_checkpoint
 
 BLOCK = 1024   # rows of a similarity matrix that exist at once
+STEPS = 50     # from a picture to the root, as in MERU
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -124,16 +128,21 @@ def evaluating(model, dtype=None):
         model.train(was_training)
 
 
-def encode_pictures(model, items, batch_size=64, workers=0, dtype=None):
-    """items: paths, bytes, or numbers of held-out shapes -> embeddings (N, D), in order, on the model's device."""
-    progress, parts, done = Progress("pictures", len(items)), [], 0
+def encode_pictures(model, items, batch_size=64, workers=0, dtype=None, unreadable=None):
+    """items: paths, bytes, or numbers of held-out shapes -> embeddings (N, D), in order, on the model's device. Raises ValueError for one
+    that cannot be read; where a dict `unreadable` is given, it is left out and told there: number -> sentence."""
+    progress, done = Progress("pictures", len(items)), 0
     with evaluating(model, dtype) as device:
-        for images in DataLoader(data.Pictures(items, model.config.image_size), batch_size, num_workers=workers, collate_fn=data.stack_pictures,
-                                 worker_init_fn=data.leave_signals_to_the_trainer):
-            if isinstance(images, str):   # left out, it would make the figure another one
-                raise ValueError(images)
-            parts.append(model.encode_image(images.to(device)))
-            done += len(images)
+        parts = [torch.empty(0, model.config.embed_dim, device=device)]
+        for images, faults in DataLoader(data.Pictures(items, model.config.image_size), batch_size, num_workers=workers,
+                                         collate_fn=data.stack_pictures, worker_init_fn=data.leave_signals_to_the_trainer):
+            if faults and unreadable is None:   # left out, it would make the figure another one
+                raise ValueError(next(iter(faults.values())))
+            if faults:
+                unreadable.update({done + i: sentence for i, sentence in faults.items()})
+            if len(images):
+                parts.append(model.encode_image(images.to(device)))
+            done += len(images) + len(faults)
             progress(done)
     return torch.cat(parts)
 
@@ -200,6 +209,149 @@ def held_out(model, source, pairs=None, **how):
     return results
 
 
+# ---------------------------------------------------------------------------------------------------------------------------------
+# the hierarchy: on the way from a picture to the root, captions turn from specific to general
+
+def last_min_radius(recipe):
+    """K as the training ended with it."""
+    last = recipe.get("final_min_radius")
+    return recipe.get("min_radius", 0.1) if last is None else last
+
+
+def traverse(model, images, texts, cones):
+    """The captions met on straight ways from pictures to the root.
+
+    images (N, D), texts (M, D) embeddings -> for each picture [(step, text)]: which text is the nearest from this step on, in order, each
+    text once; M stands for the root itself, which is a candidate everywhere. cones: only texts whose cone holds the point are.
+    Source: MERU (50 steps, with cones); EuCLIP, Figures 3 and 5.
+    """
+    check_finite(picture=images, text=texts)
+    geometry, recipe = model.config.geometry, model.recipe
+    root = model.row.root(torch.cat([images, texts]))
+    candidates = torch.cat([texts, geo.path_to_root(root[None], 2, geometry, root)[-1]])   # (M + 1, D), the root last
+    found = []
+    for path in geo.path_to_root(images, STEPS, geometry, root).unbind(1):                  # (S, D)
+        closeness = similarity_of(model)(path, candidates)                                  # (S, M + 1)
+        if cones:
+            for start in range(0, len(texts), BLOCK):   # a block of captions at a time: this needs (S, block, D)
+                some = texts[start:start + BLOCK]
+                outside = geo.entailment_loss(some, path[:, None], geometry, last_min_radius(recipe), model.curvature())
+                closeness[:, start:start + len(some)].masked_fill_(outside > 0, -math.inf)
+        first = {}
+        for step, text in enumerate(closeness.argmax(1).tolist()):
+            first.setdefault(text, step)
+        found.append([(step, text) for text, step in first.items()])
+    return found
+
+
+def uses_cones(model):
+    """Was it trained with an entailment loss? Of a foreign checkpoint with cones this is taken to be so."""
+    return model.row.cone is not None and model.recipe.get("entailment_weight", 1) > 0
+
+
+def traversal_protocol(model, captions):
+    among = f" whose cone holds the point (K = {last_min_radius(model.recipe):g})" if uses_cones(model) else ""
+    return f"{STEPS} steps to the root, nearest of {captions} captions{among}, by {model.config.geometry}/{model.logit}"
+
+
+def traversal(model, pictures, captions, **how):
+    """Paths of pictures, a file with a caption a line -> dict: ways {picture: [(share of the way walked, caption)]}, protocol."""
+    texts = list(dict.fromkeys(read_lines(captions)))
+    if not texts:
+        raise ValueError(f"{captions} has no captions")
+    ways = traverse(model, encode_pictures(model, pictures, **how), encode_texts(model, texts, how.get("batch_size", 64), how.get("dtype")), uses_cones(model))
+    texts.append("[ROOT]")
+    return dict(protocol=traversal_protocol(model, len(texts) - 1),
+                ways={picture: [(step / (STEPS - 1), texts[text]) for step, text in way] for picture, way in zip(pictures, ways)})
+
+
+def hierarchy_metrics(model, images, texts, chains):
+    """Does the geometry know what is general and what is specific?
+
+    images (N, D); texts (M, D); chains (N, L): captions of each picture, from the most general to the most specific, as indices into texts.
+    -> dict: right_order (share of distinct (general, specific) pairs in which the general one is nearer the root; chance 1/2), own_in_cone and
+    other_in_cone (share of most specific captions whose cone holds their picture, and the picture half the set away; None without cones);
+    way (and way_in_cones, None for a model that was not trained with them): of `traverse`, captions (mean number of distinct ones, the root
+    left out), to_general, to_specific (shares of the changes from caption to caption that lead up and down the levels; the others stay on
+    one level; None where there are none).
+    """
+    geometry, K, N = model.config.geometry, last_min_radius(model.recipe), len(images)
+    radius = geo.distance_to_root(texts, geometry, model.row.root(torch.cat([images, texts]))).tolist()
+    pairs = {pair for chain in chains for pair in itertools.combinations(chain, 2)}
+    out = dict(right_order=sum(radius[general] < radius[specific] for general, specific in pairs) / len(pairs), pairs=len(pairs),
+               own_in_cone=None, other_in_cone=None)
+    if model.row.cone:
+        for name, shown in ("own_in_cone", images), ("other_in_cone", images.roll(N // 2, 0)):
+            outside = geo.entailment_loss(texts[[chain[-1] for chain in chains]], shown, geometry, K, model.curvature())
+            out[name] = (outside == 0).double().mean().item()
+    level = {text: depth for chain in chains for depth, text in enumerate(chain)}
+
+    def figures(ways):
+        ways = [[level[text] for _, text in way if text in level] for way in ways]
+        changes = [b - a for way in ways for a, b in zip(way, way[1:])]
+        share = lambda hits: sum(hits) / len(changes) if changes else None
+        return dict(captions=sum(map(len, ways)) / N, to_general=share([c < 0 for c in changes]), to_specific=share([c > 0 for c in changes]))
+    return out | dict(way=figures(traverse(model, images, texts, cones=False)),
+                      way_in_cones=figures(traverse(model, images, texts, cones=True)) if uses_cones(model) else None)
+
+
+def shapes_hierarchy(model, **how):
+    """`hierarchy_metrics` of the held-out pictures of `shapes`, which are a hierarchy by construction."""
+    chains = data.held_out_levels()
+    captions = sorted({caption for chain in chains for caption in chain})
+    images = encode_pictures(model, list(range(data.HELD_OUT, 2 * data.HELD_OUT)), **how)
+    texts = encode_texts(model, captions, how.get("batch_size", 64), how.get("dtype"))
+    with torch.no_grad():
+        figures = hierarchy_metrics(model, images, texts, [[captions.index(c) for c in chain] for chain in chains])
+    return figures | dict(protocol=f"{len(images)} pictures, {len(captions)} captions of {len(data.LEVELS)} levels; {STEPS} steps to the root; "
+                                   f"K = {last_min_radius(model.recipe):g}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# search
+
+def folder_embeddings(model, checkpoint, folder, **how):
+    """Pictures of a folder -> their paths, embeddings (N, D). They are kept beside the folder, in FOLDER.embeddings, for this checkpoint:
+    the next time only pictures that are new or have changed are read. One that cannot be read is left out with a warning."""
+    folder = Path(folder).resolve()
+    mark = lambda path: [path.stat().st_size, path.stat().st_mtime_ns]
+    found = {str(p): mark(p) for p in sorted(folder.rglob("*")) if p.suffix.lower() in data.PICTURES}
+    if not found:
+        raise ValueError(f"no pictures in {folder}" if folder.is_dir() else f"no folder {folder}")
+    cache, key, known = folder.with_name(folder.name + ".embeddings"), [str(Path(checkpoint).resolve()), *mark(Path(checkpoint)), str(how.get("dtype"))], {}
+    with contextlib.suppress(ValueError, KeyError):   # none yet, or not ours
+        kept = read_checkpoint(cache)
+        if kept["key"] == key:
+            known = {path: row for path, now, row in zip(kept["paths"], kept["marks"], kept["embeddings"]) if found.get(path) == now}
+    missing, unreadable = [path for path in found if path not in known], {}
+    rows = encode_pictures(model, missing, unreadable=unreadable, **how).cpu()
+    known.update(zip((path for i, path in enumerate(missing) if i not in unreadable), rows))
+    for sentence in unreadable.values():
+        print(f"warning: {sentence}", file=sys.stderr)
+    paths = [path for path in found if path in known]
+    if not paths:
+        raise ValueError(f"none of the {len(found)} pictures in {folder} can be read")
+    embeddings = torch.stack([known[path] for path in paths])
+    if missing:
+        try:
+            with open(cache, "wb") as file:
+                torch.save(dict(key=key, paths=paths, marks=[found[path] for path in paths], embeddings=embeddings), file)
+        except OSError as error:
+            print(f"warning: cannot keep the embeddings in {cache}: {error.strerror}", file=sys.stderr)
+    return paths, embeddings.to(next(model.parameters()).device)
+
+
+def search(model, checkpoint, query, folder, count=10, **how):
+    """The pictures of a folder that are nearest to a text -> dict: nearest [(path, similarity)], the nearest first; text, pictures (how many)."""
+    paths, embeddings = folder_embeddings(model, checkpoint, folder, **how)
+    closeness = similarity_of(model)(encode_texts(model, [query], dtype=how.get("dtype")), embeddings)[0]
+    nearest = closeness.topk(min(count, len(paths))).indices.tolist()
+    return dict(text=query, pictures=len(paths), nearest=[(paths[i], closeness[i].item()) for i in nearest])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# folders and lists on disk
+
 def read_lines(path):
     return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
 
@@ -261,6 +413,20 @@ def table(results):
         for way, title in (("i2t", "image to text %"), ("t2i", "text to image %")):
             lines.append(f"  {title} " + "  ".join(percent(r[f"{way}_r{k}"]) for k in (1, 5, 10)))
             lines.append("  chance %        " + "  ".join(percent(r["chance"][f"{way}_r{k}"]) for k in (1, 5, 10)))
+    if (h := results.get("hierarchy")):
+        lines += [f"hierarchy: {h['protocol']}",
+                  f"  general captions nearer the root %   {percent(h['right_order'])}   of {h['pairs']:,} pairs; chance 50",
+                  f"  picture in the cone of its caption % {percent(h['own_in_cone'])}   another picture {percent(h['other_in_cone'])}"]
+        for name, title in (("way", "all captions"), ("way_in_cones", "those in whose cone it is")):
+            if (way := h[name]):
+                lines.append(f"  on the way to the root, nearest of {title}: {way['captions']:.1f} captions; "
+                             f"{percent(way['to_general']).strip()} % of changes to a more general one, {percent(way['to_specific']).strip()} % to a more specific one")
+    if (t := results.get("traversal")):
+        lines.append(f"traversal: {t['protocol']}")
+        for picture, way in t["ways"].items():
+            lines += [picture, *(f"  {share:4.0%}  {caption}" for share, caption in way)]
+    if (q := results.get("query")):
+        lines += [f"query: {q['text']!r} in {q['pictures']} pictures", *(f"  {closeness:8.3f}  {path}" for path, closeness in q["nearest"])]
     return "\n".join(lines)
 
 
@@ -272,8 +438,11 @@ def parse(argv=None):
     add("--classnames", metavar="FILE", help="one name a line, in the order of the sorted folders (default: the folders' names)")
     add("--templates", metavar="FILE", help="one prompt a line, {} for the class name (default: five of our own)")
     add("--retrieval", metavar="JSON", help="retrieval on a Karpathy JSON")
-    add("--images", metavar="DIR", help="where its pictures lie")
+    add("--images", metavar="DIR", help="where its pictures lie; the folder that --query searches")
     add("--split", default="test")
+    add("--traverse", metavar="IMG", nargs="+", help="the captions on the way from each picture to the root")
+    add("--captions", metavar="FILE", help="to choose them from, one a line")
+    add("--query", metavar="TEXT", help="the nearest pictures of --images")
     add("--json", metavar="FILE", help="write all results there")
     for name in ("geometry", "logit", "tokenizer"):
         add(f"--{name}", help="for foreign checkpoints, which do not say")
@@ -299,9 +468,13 @@ def pick_device(name=None):
 
 
 def run(args):
-    for name, needs in (("classnames", "classification"), ("templates", "classification"), ("images", "retrieval")):
+    for name, needs in (("classnames", ["classification"]), ("templates", ["classification"]), ("images", ["retrieval", "query"]),
+                        ("captions", ["traverse"])):
+        if getattr(args, name) and not any(getattr(args, n) for n in needs):
+            raise ValueError(f"--{name} says nothing without --{' or --'.join(needs)}")
+    for name, needs in (("retrieval", "images"), ("query", "images"), ("traverse", "captions")):
         if getattr(args, name) and not getattr(args, needs):
-            raise ValueError(f"--{name} says nothing without --{needs}")
+            raise ValueError(f"--{name} needs --{needs}")
     foreign = {k: getattr(args, k) for k in ("geometry", "logit", "tokenizer", "quick_gelu", "vision_heads", "text_heads")}
     model = load_model(args.checkpoint, **foreign).to(pick_device(args.device))
     how = dict(batch_size=args.batch_size, workers=args.workers, dtype=torch.bfloat16 if args.dtype == "bfloat16" else None)
@@ -309,21 +482,25 @@ def run(args):
     if args.classification:
         results["zero_shot"] = zero_shot(model, *class_folder(args.classification, args.classnames, args.templates), **how)
     if args.retrieval:
-        if not args.images:
-            raise ValueError("--retrieval needs --images, the folder that the pictures lie in")
         results["retrieval"] = retrieval(model, *karpathy(args.retrieval, args.images, args.split), **how)
         results["retrieval"]["protocol"] += f", split {args.split} of {args.retrieval}"
-    if not args.classification and not args.retrieval:
+    if args.traverse:
+        results["traversal"] = traversal(model, args.traverse, args.captions, **how)
+    if args.query:
+        results["query"] = search(model, args.checkpoint, args.query, args.images, **how)
+    if not (args.classification or args.retrieval or args.traverse or args.query):
         source = held_out_source(model.recipe)
         if source is None:
             raise ValueError(f"{args.checkpoint} names no held-out data of its own; give --retrieval JSON --images DIR or --classification DIR")
         results = held_out(model, source, **how)
+        if source == "shapes":
+            results["hierarchy"] = shapes_hierarchy(model, **how)
     print(f"pictures: shorter side to {model.config.image_size}, centre crop; similarities in float32, ties count against the model")
     print(table(results))
     empty = dict(zero_shot=dict.fromkeys(("top1", "top5", "classes")),
                  retrieval=dict.fromkeys(f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)))
     if args.json:
-        Path(args.json).write_text(json.dumps({task: results[task] or empty[task] for task in empty}, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(results | {task: results[task] or empty[task] for task in empty}, indent=1) + "\n")
 
 
 def main():

@@ -1,15 +1,20 @@
 """evaluate.py: measures by hand, ties, folders and JSON files, the command."""
 
+import itertools
 import json
 import math
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+import data
 import evaluate
+import geometry as geo
 from test_model import ROOT, save_ours, small
 
 INNER = lambda x, y: x @ y.T
@@ -151,3 +156,116 @@ def test_the_command_prints_a_table_with_chance_and_writes_json(pictures, tmp_pa
     assert result["zero_shot"]["top5"] is None and result["zero_shot"]["classes"] == 2 and result["retrieval"]["t2i_r1"] is None
     with pytest.raises(ValueError, match="--images"):
         evaluate.run(evaluate.parse([str(tmp_path / "ckpt.pt"), "--retrieval", "x.json"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# the hierarchy
+
+class World:
+    """A model whose embeddings are what a test says they are."""
+
+    def __init__(self, geometry, logit=None, **recipe):
+        self.row, self.logit = geo.find(geometry, logit)
+        self.config, self.recipe = SimpleNamespace(geometry=geometry), recipe
+
+    def similarity(self, x, y):
+        return geo.similarity(x, y, self.config.geometry, self.logit)
+
+    def curvature(self):
+        return 1.0
+
+
+def test_a_way_to_the_root_by_hand():
+    """Captions on the ray of the picture at radius 0.5, 2 and 6, one aside: from radius 4 to 0 the nearest are 2, 0.5 (below 1.25), the
+    root (below 0.25)."""
+    texts = torch.tensor([[0.5, 0.0], [2.0, 0.0], [6.1, 0.0], [0.0, 1.0]])
+    way, = evaluate.traverse(World("euclidean"), torch.tensor([[4.0, 0.0]]), texts, cones=False)
+    assert [text for _, text in way] == [1, 0, 4]
+    radii = [4 * (1 - i / 49) for i in range(50)]
+    assert [step for step, _ in way] == [0, next(i for i, r in enumerate(radii) if r < 1.25), next(i for i, r in enumerate(radii) if r < 0.25)]
+
+
+@pytest.mark.parametrize("geometry, cones", [("clip", False), *itertools.product(["euclidean", "hyperbolic"], [False, True])])
+def test_traversal_equals_brute_force(geometry, cones, monkeypatch):
+    monkeypatch.setattr(evaluate, "BLOCK", 3)
+    torch.manual_seed(0)
+    images, texts = geo.project(torch.randn(4, 3) * 3, geometry, torch.zeros(())), geo.project(torch.randn(10, 3), geometry, torch.zeros(()))
+    root = torch.cat([images, texts]).mean(0) if geometry == "clip" else torch.zeros(3)
+    for image, way in zip(images, evaluate.traverse(World(geometry, min_radius=0.5), images, texts, cones)):
+        expected = []
+        for step in range(50):
+            point = image + step / 49 * (root - image)
+            point = point / point.norm() if geometry == "clip" else point
+            all = [(geo.similarity(point[None], t[None] / (t.norm() if geometry == "clip" else 1), geometry).item(), i) for i, t in enumerate([*texts, root])]
+            if cones:
+                all = [(s, i) for s, i in all if i == 10 or geo.entailment_loss(texts[i:i + 1], point[None], geometry, 0.5).item() == 0]
+            nearest = max(all)[1]
+            if nearest not in [text for _, text in expected]:
+                expected.append((step, nearest))
+        assert way == expected
+
+
+def test_hierarchy_by_hand():
+    """Two pictures, far out in the east and the north, three levels. One general caption lies between both, at radius 0.57; the middle
+    ones on the rays of their pictures at 2 (right) and at 0.5 (wrong: nearer the root than the general one); the specific ones at 3."""
+    east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    texts = torch.stack([0.4 * (east + north), 2 * east, 3 * east, 0.5 * north, 3 * north])
+    h = evaluate.hierarchy_metrics(World("euclidean", min_radius=0.1, entailment_weight=0.2), torch.stack([4 * east, 4 * north]), texts, [[0, 1, 2], [0, 3, 4]])
+    assert h["pairs"] == 6 and h["right_order"] == pytest.approx(5 / 6)
+    assert h["own_in_cone"] == 1 and h["other_in_cone"] == 0
+    # east: specific, middle, general, root; north: specific, middle, root, for the general one is never nearer than the middle one
+    assert h["way"] == dict(captions=2.5, to_general=1.0, to_specific=0.0)
+    # the cone of the general caption, narrow at K = 0.1, opens between both rays and holds neither
+    assert h["way_in_cones"]["captions"] == 2
+
+
+def test_levels_of_held_out_pictures_are_a_hierarchy_of_true_captions():
+    chains = data.held_out_levels()
+    items, captions = data.held_out_pairs("shapes")
+    assert [chain[-1] for chain in chains] == captions and {chain[0] for chain in chains} == {"a shape"}
+    for _, middle, two, three, full in chains:
+        assert full.startswith(three) and two.split()[1:] == three.split()[2:] and middle.split()[1] in two.split()
+
+
+def test_traverse_and_query_on_the_command_line(tmp_path, capsys):
+    """The second query reads no picture again but the one that has changed; broken ones are left out, a folder without any is refused."""
+    path, folder = tmp_path / "ckpt.pt", tmp_path / "photos"
+    save_ours(path, small(geometry="hyperbolic", context_length=77))
+    folder.mkdir()
+    for colour in ("red", "green", "blue"):
+        Image.new("RGB", (40, 30), colour).save(folder / f"{colour}.png")
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "captions.txt").write_text("a red thing\n\na thing\na thing\n")
+    run = lambda *flags: evaluate.run(evaluate.parse([str(path), "--json", str(tmp_path / "r.json"), *map(str, flags)]))
+    run("--traverse", folder / "red.png", "--captions", tmp_path / "captions.txt", "--query", "a red circle", "--images", folder)
+    first = json.loads((tmp_path / "r.json").read_text())
+    way, = first["traversal"]["ways"].values()
+    assert way[-1][1] == "[ROOT]" and {caption for _, caption in way} <= {"a red thing", "a thing", "[ROOT]"}
+    assert len(first["query"]["nearest"]) == first["query"]["pictures"] == 3 and first["zero_shot"] == dict.fromkeys(("top1", "top5", "classes"))
+    model = evaluate.load_model(path)
+    text, image = evaluate.encode_texts(model, ["a red circle"]), evaluate.encode_pictures(model, [first["query"]["nearest"][0][0]])
+    assert first["query"]["nearest"][0][1] == pytest.approx(model.similarity(text, image).item(), abs=1e-5)
+    shown = capsys.readouterr()
+    assert "broken.jpg" in shown.err and "query: 'a red circle' in 3 pictures" in shown.out
+
+    read = []
+    original, data.load_image = data.load_image, lambda item, size: read.append(Path(item).name) or original(item, size)
+    try:
+        run("--query", "a red circle", "--images", folder)
+        assert read == ["broken.jpg"] and json.loads((tmp_path / "r.json").read_text())["query"] == first["query"]
+        Image.new("RGB", (41, 30), "pink").save(folder / "blue.png")
+        read.clear()
+        run("--query", "a red circle", "--images", folder)
+        assert set(read) == {"broken.jpg", "blue.png"}
+        (tmp_path / "photos.embeddings").write_bytes(b"cut off")   # not ours: made anew
+        read.clear()
+        run("--query", "a red circle", "--images", folder)
+        assert len(read) == 4
+    finally:
+        data.load_image = original
+    (tmp_path / "none").mkdir()
+    for flags, message in ((["--query", "x"], "--query needs --images"), (["--traverse", "x.png"], "--traverse needs --captions"),
+                           (["--captions", "x"], "nothing without --traverse"), (["--query", "x", "--images", tmp_path / "none"], "no pictures in"),
+                           (["--query", "x", "--images", tmp_path / "absent"], "no folder")):
+        with pytest.raises(ValueError, match=message):
+            run(*flags)
