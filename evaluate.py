@@ -269,20 +269,25 @@ def hierarchy_metrics(model, images, texts, chains):
     """Does the geometry know what is general and what is specific?
 
     images (N, D); texts (M, D); chains (N, L): captions of each picture, from the most general to the most specific, as indices into texts.
-    -> dict: right_order (share of distinct (general, specific) pairs in which the general one is nearer the root; chance 1/2), own_in_cone and
-    other_in_cone (share of most specific captions whose cone holds their picture, and the picture half the set away; None without cones);
-    way (and way_in_cones, None for a model that was not trained with them): of `traverse`, captions (mean number of distinct ones, the root
-    left out), to_general, to_specific (shares of the changes from caption to caption that lead up and down the levels; the others stay on
-    one level; None where there are none).
+    -> dict:
+    text_radius, image_radius   mean distance from the root of the most specific captions, of the pictures
+    right_order                 share of the distinct (general, specific) pairs in which the general one is nearer the root; chance 1/2
+    own_in_cone, other_in_cone  share of the most specific captions whose cone holds their picture, the picture half the set away; None
+                                without cones
+    way, way_in_cones           of `traverse` without and with cones (None where the model was not trained with them): captions (mean
+                                number of distinct ones, the root left out), to_general, to_specific (shares of the changes from caption
+                                to caption that lead up, down the levels; others stay on one; None where nothing changes)
     """
     geometry, K, N = model.config.geometry, last_min_radius(model.recipe), len(images)
-    radius = geo.distance_to_root(texts, geometry, model.row.root(torch.cat([images, texts]))).tolist()
+    root, own = model.row.root(torch.cat([images, texts])), [chain[-1] for chain in chains]
+    radius = geo.distance_to_root(texts, geometry, root)
     pairs = {pair for chain in chains for pair in itertools.combinations(chain, 2)}
-    out = dict(right_order=sum(radius[general] < radius[specific] for general, specific in pairs) / len(pairs), pairs=len(pairs),
+    out = dict(text_radius=radius[own].mean().item(), image_radius=geo.distance_to_root(images, geometry, root).mean().item(),
+               right_order=sum(bool(radius[general] < radius[specific]) for general, specific in pairs) / len(pairs), pairs=len(pairs),
                own_in_cone=None, other_in_cone=None)
     if model.row.cone:
         for name, shown in ("own_in_cone", images), ("other_in_cone", images.roll(N // 2, 0)):
-            outside = geo.entailment_loss(texts[[chain[-1] for chain in chains]], shown, geometry, K, model.curvature())
+            outside = geo.entailment_loss(texts[own], shown, geometry, K, model.curvature())
             out[name] = (outside == 0).double().mean().item()
     level = {text: depth for chain in chains for depth, text in enumerate(chain)}
 
@@ -415,6 +420,7 @@ def table(results):
             lines.append("  chance %        " + "  ".join(percent(r["chance"][f"{way}_r{k}"]) for k in (1, 5, 10)))
     if (h := results.get("hierarchy")):
         lines += [f"hierarchy: {h['protocol']}",
+                  f"  mean distance from the root: text {h['text_radius']:.2f}, image {h['image_radius']:.2f}",
                   f"  general captions nearer the root %   {percent(h['right_order'])}   of {h['pairs']:,} pairs; chance 50",
                   f"  picture in the cone of its caption % {percent(h['own_in_cone'])}   another picture {percent(h['other_in_cone'])}"]
         for name, title in (("way", "all captions"), ("way_in_cones", "those in whose cone it is")):

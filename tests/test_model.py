@@ -265,8 +265,8 @@ def test_the_model_is_compiled_once_for_any_number_of_tokens(geometry):
 
 # files
 
-def save_ours(path, model):
-    torch.save(dict(format=1, model=model.state_dict(), model_config=asdict(model.config), train_config=dict(data="shapes")), path)
+def save_ours(path, model, **recipe):
+    torch.save(dict(format=1, model=model.state_dict(), model_config=asdict(model.config), train_config=dict(data="shapes") | recipe), path)
 
 
 def in_open_clips_layout(model):

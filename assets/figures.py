@@ -1,0 +1,488 @@
+"""All drawing: what a checkpoint does, seen, and the two pictures that explain the geometry. Pillow and numpy, at twice the size, then reduced.
+
+    python -m assets.figures geometry assets                                        # the README's opening picture, and the cones
+    python -m assets.figures out/ckpt.pt figures                                    # distances, levels, ways to the root, matrix, contact sheet
+    python -m assets.figures out/ckpt.pt figures --query "a red circle" --images photos
+
+The study draws its own with `python tests/study.py`. Coordinates are pixels of the finished picture, y downwards; in a Panel, the data's.
+"""
+
+import argparse
+import math
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+import evaluate
+import geometry as geo
+from model import load_model
+
+PAPER, INK, FAINT, GRID = "#fcfcfa", "#24292f", "#6e7781", "#dfe3e8"   # a card of its own: readable on a light page and on a dark one
+TEXT, IMAGE, GOOD, BAD = "#d1741c", "#2464a8", "#1f7a3a", "#c62f2f"
+LINES = ["#2464a8", "#d1741c", "#1f7a3a", "#8a3fa0", "#c62f2f", "#6e7781", "#0f9aa8", "#b59a00"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# a sheet of paper, and axes on it
+
+def mixed(colour, share, other=PAPER):
+    """A colour thinned with another -> RGB."""
+    a, b = (np.array([int(c[i:i + 2], 16) for i in (1, 3, 5)]) for c in (colour, other))
+    return tuple(np.rint(share * a + (1 - share) * b).astype(int).tolist())
+
+
+class Sheet:
+    def __init__(self, width, height):
+        self.width, self.height = width, height
+        self.image = Image.new("RGB", (2 * width, 2 * height), PAPER)
+        self.pen = ImageDraw.Draw(self.image)
+
+    def text(self, x, y, words, size=13, colour=INK, anchor="la", upright=False):
+        font = ImageFont.load_default(2 * size)
+        if upright:   # turned a quarter to the left, centred at (x, y)
+            left, top, right, bottom = font.getbbox(words)
+            strip = Image.new("RGB", (right - left + 4, bottom - top + 4), PAPER)
+            ImageDraw.Draw(strip).text((2 - left, 2 - top), words, colour, font)
+            strip = strip.rotate(90, expand=True)
+            return self.image.paste(strip, (int(2 * x) - strip.width // 2, int(2 * y) - strip.height // 2))
+        self.pen.text((2 * x, 2 * y), words, colour, font, anchor)
+
+    def line(self, points, colour=INK, width=1, dash=None):
+        points = [(2 * x, 2 * y) for x, y in points]
+        if dash is None:
+            return self.pen.line(points, colour, int(2 * width), joint="curve")
+        walked = 0.0   # along the line; drawn where it is in the first half of a period
+        for (x0, y0), (x1, y1) in zip(points, points[1:]):
+            length = math.hypot(x1 - x0, y1 - y0)
+            for i in range(max(1, int(length))):
+                if (walked + i) % (4 * dash) < 2 * dash:
+                    t, u = i / max(length, 1), min(1, (i + 1) / max(length, 1))
+                    self.pen.line([(x0 + t * (x1 - x0), y0 + t * (y1 - y0)), (x0 + u * (x1 - x0), y0 + u * (y1 - y0))], colour, int(2 * width))
+            walked += length
+
+    def rectangle(self, x0, y0, x1, y1, fill=None, outline=None, radius=0):
+        self.pen.rounded_rectangle((2 * x0, 2 * y0, 2 * x1, 2 * y1), 2 * radius, fill, outline, 2 if outline else 0)
+
+    def polygon(self, points, fill):
+        self.pen.polygon([(2 * x, 2 * y) for x, y in points], fill)
+
+    def circle(self, x, y, r, fill=None, outline=None, width=1):
+        self.pen.ellipse((2 * (x - r), 2 * (y - r), 2 * (x + r), 2 * (y + r)), fill, outline, 2 * width)
+
+    def picture(self, image, x, y, width, height):
+        self.image.paste(image.resize((2 * width, 2 * height), Image.Resampling.BICUBIC), (int(2 * x), int(2 * y)))
+
+    def legend(self, x, y, entries):
+        for colour, words in entries:
+            self.rectangle(x, y + 3, x + 12, y + 11, colour)
+            self.text(x + 18, y, words, 11)
+            y += 16
+
+    def save(self, path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self.image.reduce(2).save(path, optimize=True)
+        print(path)
+
+
+def ticks(low, high, count=5):
+    """Round numbers in a range, about `count` of them."""
+    step = 10 ** math.floor(math.log10((high - low) / count))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= count + 1)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+class Panel:
+    """A rectangle of a sheet in the data's coordinates, with ticks, labels and title."""
+
+    def __init__(self, sheet, left, top, width, height, x, y, title="", x_label="", y_label="", x_ticks=None, y_ticks=None):
+        self.sheet, self.left, self.top, self.width, self.height, self.x, self.y = sheet, left, top, width, height, x, y
+        for value, words in y_ticks if y_ticks is not None else [(v, f"{v:g}") for v in map(lambda v: round(v, 10), ticks(*y))]:
+            sheet.line([self.at(x[0], value), self.at(x[1], value)], GRID)
+            sheet.text(left - 6, self.at(0, value)[1], words, 11, FAINT, "rm")
+        for value, words in x_ticks if x_ticks is not None else [(v, f"{v:g}") for v in map(lambda v: round(v, 10), ticks(*x))]:
+            at = self.at(value, y[0])
+            sheet.line([at, (at[0], at[1] + 4)], FAINT)
+            sheet.text(at[0], at[1] + 6, words, 11, FAINT, "ma")
+        sheet.line([self.at(x[0], y[0]), self.at(x[1], y[0])], FAINT)
+        sheet.text(left, top - 20, title, 13)
+        sheet.text(left + width / 2, top + height + 22, x_label, 11, FAINT, "ma")
+        if y_label:
+            sheet.text(left - 44, top + height / 2, y_label, 11, FAINT, upright=True)
+
+    def at(self, x, y):
+        return (self.left + (x - self.x[0]) / (self.x[1] - self.x[0]) * self.width,
+                self.top + self.height - (y - self.y[0]) / (self.y[1] - self.y[0]) * self.height)
+
+    def curve(self, xs, ys, colour, width=2, dash=None):
+        self.sheet.line([self.at(x, y) for x, y in zip(xs, ys)], colour, width, dash)
+
+    def band(self, xs, lows, highs, colour):
+        self.sheet.polygon([self.at(x, y) for x, y in [*zip(xs, highs), *zip(reversed(xs), reversed(lows))]], mixed(colour, 0.2))
+
+    def bar(self, x0, x1, top, colour):
+        if top > self.y[0]:
+            self.sheet.rectangle(*self.at(x0, top), *self.at(x1, self.y[0]), colour)
+
+
+def histogram(panel, values, colour, edges):
+    """Share of the values per bin, as a filled outline."""
+    shares = np.histogram(values, edges)[0] / len(values)
+    outline = [(edges[0], 0.0)] + [(e, s) for i, s in enumerate(shares) for e in edges[i:i + 2]] + [(edges[-1], 0.0)]
+    shade = panel.sheet.image.copy()
+    ImageDraw.Draw(shade).polygon([tuple(2 * v for v in panel.at(*p)) for p in outline], colour)
+    panel.sheet.image.paste(Image.blend(panel.sheet.image, shade, 0.35))
+    panel.sheet.line([panel.at(*p) for p in outline], colour, 1.5)
+
+
+def heat(values, top):
+    """(H, W) in [0, top] -> RGB image, from paper through orange to dark red."""
+    stops = np.array([mixed(PAPER, 1), (250, 200, 120), (214, 96, 60), (110, 20, 40)], dtype=float)
+    at = np.clip(values / top, 0, 1) * (len(stops) - 1)
+    low = np.minimum(at.astype(int), len(stops) - 2)
+    return (stops[low] + (at - low)[..., None] * (stops[low + 1] - stops[low])).round().astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# the geometry itself
+
+def to_disc(v):
+    """Tangent vectors at the root (..., 2), curvature -1 -> the Poincare disc: the root in the middle, infinity at the rim."""
+    r = np.linalg.norm(v, axis=-1, keepdims=True)
+    return v * np.tanh(r / 2) / np.where(r > 0, r, 1)
+
+
+def from_disc(p):
+    r = np.linalg.norm(p, axis=-1, keepdims=True)
+    return p * 2 * np.arctanh(np.minimum(r, 0.9999)) / np.where(r > 0, r, 1)
+
+
+def hyperbolic_path(x, y, count=60):
+    """The shortest path between two tangent vectors (2,) -> (count, 2) in the disc, by way of the hyperboloid."""
+    lift = lambda v: np.array([np.cosh(np.hypot(*v)), *(np.sinh(np.hypot(*v)) * v / np.hypot(*v))])
+    X, Y = lift(x), lift(y)
+    d, t = np.arccosh(X[0] * Y[0] - X[1:] @ Y[1:]), np.linspace(0, 1, count)[:, None]
+    points = (np.sinh((1 - t) * d) * X + np.sinh(t * d) * Y) / np.sinh(d)
+    return points[:, 1:] / (1 + points[:, :1])
+
+
+def distance(x, y, geometry, logit):
+    return -geo.similarity(torch.tensor(x)[None], torch.tensor(y)[None], geometry, logit).item()
+
+
+def three_geometries(path):
+    """The same two embeddings on the sphere, in the plane and in the hyperbolic disc, with the shortest path between them."""
+    sheet, R = Sheet(840, 330), 112
+    x, y = (r * np.array([np.cos(a), np.sin(a)]) for r, a in ((1.8, math.radians(22)), (1.4, math.radians(97))))
+    middles = [(140 + 280 * i, 170) for i in range(3)]
+    unit = [v / np.linalg.norm(v) for v in (x, y)]
+    lengths = [distance(*unit, "clip", "arc"), distance(x, y, "euclidean", "distance"), distance(x, y, "hyperbolic", "distance")]
+    titles = ["sphere: CLIP", "plane: EuCLIP", "hyperbolic disc: MERU"]
+    notes = ["only the turn is left", "walk, and turn", "turning costs more further out"]
+    for (cx, cy), title, note, length in zip(middles, titles, notes, lengths):
+        sheet.text(cx, 22, title, 16, anchor="mm")
+        sheet.text(cx, 298, f"distance {length:.2f}", 14, anchor="mm")
+        sheet.text(cx, 316, note, 11, FAINT, "mm")
+
+    def show(middle, points, path, scale):
+        to = lambda p: (middle[0] + scale * p[0], middle[1] - scale * p[1])
+        for p in points:
+            sheet.line([to((0, 0)), to(p)], FAINT, 1, dash=3)
+        sheet.line([to(p) for p in path], INK, 3)
+        sheet.circle(*to((0, 0)), 3, FAINT)
+        for p, colour, name in zip(points, (IMAGE, TEXT), ("image", "text")):
+            sheet.circle(*to(p), 6, colour, PAPER)
+            sheet.text(to(p)[0] + 10, to(p)[1] - 8, name, 12, colour, "lm")
+
+    # the sphere, seen from above the equator, by parallel projection: rows of `turn` are the picture's right, up and towards the eye
+    (cx, cy), side = middles[0], 2 * R
+    grid = (np.arange(2 * side) - side + 0.5) / side
+    gx, gy = np.meshgrid(grid, -grid)
+    inside = gx ** 2 + gy ** 2 <= 1
+    light = np.clip(0.72 + 0.28 * (0.5 * gy - 0.45 * gx + 0.75 * np.sqrt(np.clip(1 - gx ** 2 - gy ** 2, 0, 1))), 0, 1)
+    ball = Image.fromarray((light[..., None] * np.array([238, 243, 250])).astype(np.uint8))
+    sheet.image.paste(ball, (2 * (cx - R), 2 * (cy - R)), Image.fromarray((inside * 255).astype(np.uint8)))
+    tilt = math.radians(28)
+    turn = np.array([[1, 0, 0], [0, math.cos(tilt), -math.sin(tilt)], [0, math.sin(tilt), math.cos(tilt)]]) @ np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]])
+    at = lambda lat, lon: turn @ np.array([math.cos(lat) * math.sin(lon), -math.cos(lat) * math.cos(lon), math.sin(lat)])
+    spots = np.radians(np.arange(-180, 181, 3))
+    rings = [[at(math.radians(lat), lon) for lon in spots] for lat in range(-60, 61, 30)] + [[at(lat, math.radians(lon)) for lat in spots] for lon in range(0, 180, 30)]
+    for ring in rings:
+        for p, q in zip(ring, ring[1:]):
+            if p[2] > 0 and q[2] > 0:
+                sheet.line([(cx + R * p[0], cy - R * p[1]), (cx + R * q[0], cy - R * q[1])], mixed(FAINT, 0.35))
+    sheet.circle(cx, cy, R, outline=FAINT)
+    first, angle = at(math.radians(22), math.radians(66)), lengths[0]
+    aside = at(math.radians(62), math.radians(-60))
+    aside = (aside - (aside @ first) * first) / np.linalg.norm(aside - (aside @ first) * first)
+    arc = [math.cos(t) * first + math.sin(t) * aside for t in np.linspace(0, angle, 60)]   # a great circle
+    show(middles[0], (arc[0], arc[-1]), arc, R)
+
+    for middle, rings, scale in ((middles[1], [0.5, 1, 1.5, 2], R / 2), (middles[2], np.tanh(np.array([0.5, 1, 1.5, 2]) / 2), R)):
+        for ring in rings:
+            sheet.circle(*middle, scale * ring, outline=mixed(FAINT, 0.35))
+    sheet.circle(*middles[2], R, outline=FAINT)
+    show(middles[1], (x, y), (x, y), R / 2)
+    show(middles[2], (to_disc(x), to_disc(y)), hyperbolic_path(x, y), R)
+    for middle, scale, radius in ((middles[1], R / 2, lambda r: r), (middles[2], R, lambda r: math.tanh(r / 2))):
+        for r in (1, 2):
+            sheet.text(middle[0], middle[1] + scale * radius(r) - 2, f"{r}", 10, FAINT, "md")
+    sheet.save(path)
+
+
+def cones(path, K=0.25):
+    """Figure 1 of the paper and its hyperbolic sister: the entailment loss of every point as an image, for three texts."""
+    sheet, side = Sheet(840, 640), 230
+    apexes = [(K, K), (0.75, 0.3), (1.1, -0.55)]
+    grid = (np.arange(2 * side) - side + 0.5) / side
+    flat = np.stack(np.meshgrid(grid, -grid), -1)                        # (2 side, 2 side, 2), in [-1, 1]
+    for row, (geometry, reach, top) in enumerate((("euclidean", 1.6, 44), ("hyperbolic", 1.0, 354))):
+        points = flat * reach if geometry == "euclidean" else from_disc(flat)
+        for column, apex in enumerate(apexes):
+            left = 20 + column * (side + 20)
+            loss = geo.entailment_loss(torch.tensor([apex]).double(), torch.tensor(points.reshape(-1, 2)), geometry, K).numpy().reshape(flat.shape[:2])
+            picture = heat(loss, math.pi)
+            picture[loss == 0] = mixed(IMAGE, 0.3)
+            if geometry == "hyperbolic":
+                picture[np.linalg.norm(flat, axis=-1) > 1] = mixed(PAPER, 1)
+            sheet.image.paste(Image.fromarray(picture), (2 * left, 2 * top))
+            place = lambda p: (left + side / 2 + side / 2 * p[0] / reach, top + side / 2 - side / 2 * p[1] / reach)
+            to = place if geometry == "euclidean" else lambda p: place(to_disc(np.array(p)))
+            edge = K if geometry == "euclidean" else math.tanh(math.asinh(2 * K) / 2)   # closer to the root the cone is a half-space
+            sheet.circle(*place((0, 0)), side / 2 * edge / reach, outline=FAINT)
+            if geometry == "hyperbolic":
+                sheet.circle(*place((0, 0)), side / 2, outline=FAINT)
+            sheet.line([place((0, 0)), to(apex)], INK, 1, dash=3)
+            sheet.circle(*place((0, 0)), 3, INK)
+            sheet.circle(*to(apex), 6, TEXT, PAPER)
+            aperture = geo.find(geometry)[0].cone(torch.tensor([apex]), torch.tensor([apex]), K, 1.0)[1].item()
+            sheet.text(left, top - 19, f"text at ({apex[0]:g}, {apex[1]:g}): half-aperture {math.degrees(aperture):.0f}°", 12)
+        sheet.text(385, top + side + 8, f"{geometry}, K = {K:g}, " + (f"x and y from {-reach:g} to {reach:g}" if row == 0 else "Poincaré disc, c = 1"), 12, anchor="ma")
+    bar = heat(np.repeat(np.linspace(math.pi, 0, 400)[:, None], 28, 1), math.pi)
+    sheet.image.paste(Image.fromarray(bar), (2 * 786, 2 * 240))
+    for value, words in ((0, "0"), (math.pi / 2, "pi/2"), (math.pi, "pi")):
+        sheet.text(804, 440 - 200 * value / math.pi, words, 11, FAINT, "lm")
+    sheet.text(800, 222, "loss (rad)", 11, FAINT, "mm")
+    sheet.legend(20, 618, [(mixed(IMAGE, 0.3), "images that the text entails: inside its cone, loss 0")])
+    sheet.text(330, 620, "black: the root; orange: the text, apex of its cone; circle: nearer the root cones are half-spaces", 11, FAINT)
+    sheet.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# a checkpoint
+
+class Subject:
+    """A model with its held-out pictures and captions, embedded once."""
+
+    def __init__(self, checkpoint, **how):
+        self.model = load_model(checkpoint)
+        source = evaluate.held_out_source(self.model.recipe)
+        if source is None:
+            raise ValueError(f"{checkpoint} names no held-out data; train with --val_data")
+        self.items, self.captions = data.held_out_pairs(source)
+        self.chains = data.held_out_levels() if source == "shapes" else [[c] for c in self.captions]   # from general to specific
+        self.texts = sorted({c for chain in self.chains for c in chain})
+        self.images = evaluate.encode_pictures(self.model, self.items, **how)
+        self.embedded = evaluate.encode_texts(self.model, self.texts, **how)
+        self.own = self.embedded[[self.texts.index(c) for c in self.captions]]   # one per picture
+        self.root = self.model.row.root(torch.cat([self.images, self.embedded]))
+        weight = self.model.recipe.get("entailment_weight", 0)
+        self.name = f"{self.model.config.geometry}/{self.model.logit}" + (f", lambda {weight:g}" if self.model.row.cone else "")
+        self.unit = "scaled cosine distance from the mean" if self.model.row.retract is geo.normalize else "distance from the root"
+
+    @torch.no_grad()
+    def radius(self, x):
+        return geo.distance_to_root(x, self.model.config.geometry, self.root).numpy()
+
+    def picture(self, i, size=160):
+        item = self.items[i]
+        pixels = data.held_out_shape(item, size) if isinstance(item, int) else data.load_image(item, size)
+        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def distances_panel(sheet, subject, left, top, width, height, legend):
+    """Figures 2 and 4 of the paper: how far text and pictures are from the root."""
+    text, image = subject.radius(subject.own), subject.radius(subject.images)
+    high = 1.0 if subject.model.row.retract is geo.normalize else 1.15 * float(max(text.max(), image.max()))
+    edges = np.linspace(0, high, 61)
+    top_share = max((np.histogram(v, edges)[0] / len(v)).max() for v in (text, image))
+    panel = Panel(sheet, left, top, width, height, (0, high), (0, 1.1 * top_share), subject.name, subject.unit, "share of n per bin")
+    for values, colour in ((text, TEXT), (image, IMAGE)):
+        histogram(panel, values, colour, edges)
+    if legend:
+        sheet.legend(left + width - 110, top + 2, [(TEXT, f"text, n = {len(text)}"), (IMAGE, f"image, n = {len(image)}")])
+
+
+def distances(subjects, path):
+    """One panel for each of a list of lists of subjects."""
+    width, height = (560, 240) if len(subjects[0]) == 1 else (225, 150)
+    sheet = Sheet(20 + (width + 65) * len(subjects[0]) + 5, 20 + (height + 80) * len(subjects))
+    for row, line in enumerate(subjects):
+        for column, subject in enumerate(line):
+            if subject:
+                distances_panel(sheet, subject, 70 + column * (width + 65), 40 + row * (height + 80), width, height, legend=True)
+    sheet.save(path)
+
+
+def levels(subject, path):
+    """Radius by level of generality, pictures last: box = middle half, whiskers = 5 to 95 %, line = median."""
+    groups = [(f"{name}", subject.radius(subject.embedded[[subject.texts.index(c) for c in sorted({chain[i] for chain in subject.chains})]]), TEXT)
+              for i, name in enumerate(data.LEVELS)] + [("pictures", subject.radius(subject.images), IMAGE)]
+    sheet = Sheet(760, 400)
+    high = 1.1 * max(float(np.quantile(v, 0.95)) for _, v, _ in groups)
+    panel = Panel(sheet, 70, 40, 660, 270, (-0.5, len(groups) - 0.5), (0, high), f"{subject.name}: {subject.unit} by level of generality", "",
+                  subject.unit, x_ticks=[])
+    for i, (name, values, colour) in enumerate(groups):
+        low, q1, median, q3, top = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))
+        panel.curve((i, i), (low, top), colour)
+        sheet.rectangle(*panel.at(i - 0.2, q3), *panel.at(i + 0.2, q1), mixed(colour, 0.35), colour)
+        panel.curve((i - 0.2, i + 0.2), (median, median), colour, 3)
+        for n, line in enumerate([*textwrap.wrap(name, 18), f"n = {len(values)}"]):
+            sheet.text(panel.at(i, 0)[0], 318 + 15 * n, line, 11, FAINT if line.startswith("n =") else INK, "ma")
+    sheet.save(path)
+
+
+def traversal(subject, path, strips=6):
+    """Figures 3 and 5 of the paper: captions on the way from pictures to the root, and how many there are."""
+    cones = evaluate.uses_cones(subject.model)
+    ways = evaluate.traverse(subject.model, subject.images, subject.embedded, cones)
+    counts = [sum(text < len(subject.texts) for _, text in way) for way in ways]
+    sheet, words = Sheet(860, 60 + 92 * strips + 230), [*subject.texts, "[ROOT]"]
+    sheet.text(20, 14, f"{subject.name}: nearest captions on the way to the root" + ", among those whose cone holds the point" * cones, 14)
+    long = sorted(range(len(ways)), key=lambda i: -counts[i])   # strips from the whole range of lengths
+    for row in range(strips):
+        i, top = long[row * (len(long) - 1) // (strips - 1)], 50 + 92 * row
+        sheet.picture(subject.picture(i), 20, top, 80, 80)
+        way = [words[text] for _, text in ways[i]]
+        if len(way) > 6:
+            way = [*way[:4], f"({len(way) - 5} more)", way[-1]]
+        for n, caption in enumerate(way):
+            left = 112 + 124 * n
+            sheet.text(left, top + 40, ">", 13, FAINT, "lm")
+            lines = textwrap.wrap(caption, 17, max_lines=4, placeholder=" ...")
+            sheet.rectangle(left + 12, top + 36 - 8 * len(lines), left + 120, top + 44 + 8 * len(lines), mixed(TEXT, 0.12) if caption in subject.texts else GRID, radius=5)
+            for k, line in enumerate(lines):
+                sheet.text(left + 66, top + 40 + 16 * (k - (len(lines) - 1) / 2), line, 11, anchor="mm")
+    most = max(counts + [3])
+    share = Counter(counts)
+    panel = Panel(sheet, 70, 60 + 92 * strips + 30, 400, 140, (-0.6, most + 0.6), (0, 1.1 * max(share.values()) / len(ways)),
+                  f"captions met on the way, n = {len(ways)} pictures, mean {np.mean(counts):.1f}", "captions, without the root", "share", x_ticks=[(k, str(k)) for k in range(most + 1)])
+    for k, n in share.items():
+        panel.bar(k - 0.35, k + 0.35, n / len(ways), TEXT)
+    sheet.save(path)
+
+
+def some(subject, count):
+    return [int(i) for i in np.random.default_rng(0).permutation(len(subject.items))[:count]]
+
+
+@torch.no_grad()
+def matrix(subject, path):
+    """The similarities of 24 held-out pairs: rows are captions, columns their pictures; the diagonal should be the darkest."""
+    chosen, side = some(subject, 24), 22
+    values = subject.model.similarity(subject.own[chosen], subject.images[chosen]).numpy()
+    n, left, top = len(chosen), 330, 84
+    sheet = Sheet(left + side * n + 90, top + side * n + 40)
+    sheet.text(20, 14, f"{subject.name}: similarity of {n} held-out pairs", 14)
+    sheet.text(left, 40, "their pictures, in the same order", 11, FAINT)
+    low, high = float(values.min()), float(values.max())
+    cells = heat(values - low, high - low)
+    for i, a in enumerate(chosen):
+        sheet.picture(subject.picture(a), left + side * i + 1, top - side, side - 2, side - 2)
+        sheet.text(left - 6, top + side * i + side / 2, textwrap.shorten(subject.captions[a], 60, placeholder=" ..."), 11, anchor="rm")
+        for j in range(n):
+            sheet.rectangle(left + side * j, top + side * i, left + side * j + side - 1, top + side * i + side - 1, tuple(cells[i, j].tolist()))
+        best = int(values[i].argmax())
+        sheet.circle(left + side * best + side / 2, top + side * i + side / 2, 4, PAPER if best == i else "#000000")
+    bar = left + side * n + 20
+    sheet.image.paste(Image.fromarray(heat(np.repeat(np.linspace(1, 0, 2 * side * n)[:, None], 28, 1), 1)), (2 * bar, 2 * top))
+    for value, y in ((high, top), (low, top + side * n)):
+        sheet.text(bar + 18, y, f"{value:.2f}", 11, FAINT, "lm")
+    right = sum(int(row.argmax()) == i for i, row in enumerate(values))
+    sheet.text(left, top + side * n + 8, f"a dot marks the nearest picture of each caption: white right ({right}), black wrong ({n - right})", 11, FAINT)
+    sheet.save(path)
+
+
+@torch.no_grad()
+def contact(subject, path):
+    """Twelve held-out pictures with their three nearest captions, wrong ones in red."""
+    chosen = some(subject, 12)
+    nearest = subject.model.similarity(subject.images[chosen], subject.own).topk(3).indices.tolist()
+    sheet = Sheet(860, 40 + 4 * 124)
+    sheet.text(20, 12, f"{subject.name}: the three nearest of {len(subject.captions)} held-out captions", 14)
+    sheet.legend(640, 8, [(GOOD, "its own caption")]), sheet.legend(760, 8, [(BAD, "another one")])
+    for n, (i, found) in enumerate(zip(chosen, nearest)):
+        left, top = 20 + 280 * (n % 3), 44 + 124 * (n // 3)
+        sheet.picture(subject.picture(i), left, top, 108, 108)
+        y = top
+        for j in found:
+            for line in textwrap.wrap(subject.captions[j], 29, max_lines=2, placeholder=" ..."):
+                sheet.text(left + 116, y, line, 10, GOOD if subject.captions[j] == subject.captions[i] else BAD)
+                y += 15
+            y += 6
+    sheet.save(path)
+
+
+def query(model, checkpoint, words, folder, path):
+    """The nearest pictures of a folder to a text, the nearest first."""
+    found = evaluate.search(model, checkpoint, words, folder, count=15)
+    sheet = Sheet(860, 44 + 188 * -(-len(found["nearest"]) // 5))
+    sheet.text(20, 12, f'"{words}" in {found["pictures"]} pictures: similarity by {model.config.geometry}/{model.logit}', 14)
+    for n, (file, closeness) in enumerate(found["nearest"]):
+        left, top = 20 + 166 * (n % 5), 44 + 188 * (n // 5)
+        sheet.picture(Image.fromarray(data.load_image(file, 312).permute(1, 2, 0).numpy()), left, top, 156, 156)
+        sheet.text(left, top + 160, f"{closeness:.3f}  {textwrap.shorten(Path(file).name, 20, placeholder='...')}", 11, FAINT)
+    sheet.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# a study: curves of several runs each
+
+def curves(groups, path, title, x_label, y_label, percent=True):
+    """groups: name -> (xs, [ys of each seed]) -> a line for the mean, a band from the lowest to the highest seed."""
+    sheet = Sheet(760, 380)
+    every = [y for _, seeds in groups.values() for ys in seeds for y in ys]
+    high = max(x for xs, _ in groups.values() for x in xs)
+    panel = Panel(sheet, 70, 40, 460, 280, (0, high), (0, 1.05 * max(every)), title, x_label, y_label)
+    for n, (name, (xs, seeds)) in enumerate(groups.items()):
+        ys = np.array(seeds)
+        panel.band(list(xs), ys.min(0).tolist(), ys.max(0).tolist(), LINES[n % len(LINES)])
+    for n, (name, (xs, seeds)) in enumerate(groups.items()):
+        panel.curve(xs, np.mean(seeds, 0), LINES[n % len(LINES)])
+    sheet.legend(550, 44, [(LINES[n % len(LINES)], f"{name}, n = {len(seeds)}") for n, (name, (_, seeds)) in enumerate(groups.items())])
+    sheet.save(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("subject", help="a checkpoint, or the word geometry")
+    parser.add_argument("folder", type=Path, help="where the pictures go")
+    parser.add_argument("--query", metavar="TEXT", help="draw the nearest pictures of --images instead")
+    parser.add_argument("--images", metavar="DIR")
+    args = parser.parse_args()
+    try:
+        if bool(args.query) != bool(args.images):
+            raise ValueError("--query and --images need each other")
+        if args.subject == "geometry":
+            three_geometries(args.folder / "three_geometries.png")
+            cones(args.folder / "cones.png")
+        elif args.query:
+            query(load_model(args.subject), args.subject, args.query, args.images, args.folder / "query.png")
+        else:
+            subject = Subject(args.subject)
+            distances([[subject]], args.folder / "distances.png")
+            if len(subject.chains[0]) > 1:
+                levels(subject, args.folder / "levels.png")
+            for draw in (traversal, matrix, contact):
+                draw(subject, args.folder / f"{draw.__name__}.png")
+    except (ValueError, OSError) as error:
+        sys.exit(f"figures.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
