@@ -167,6 +167,11 @@ def encode_classes(model, names, templates, batch_size=64, dtype=None):
     return geo.average(prompts.unflatten(0, (len(templates), len(names))), model.config.geometry)
 
 
+def for_texts(how):
+    """Options of `encode_pictures` -> those that `encode_texts` has as well."""
+    return {k: v for k, v in how.items() if k != "workers"}
+
+
 def similarity_of(model):
     def function(x, y):
         with torch.no_grad():
@@ -181,14 +186,13 @@ PROMPTS = ["a photo of a {}.", "a picture of a {}.", "a close-up photo of a {}."
 
 
 def zero_shot(model, items, labels, names, templates, **how):
-    images, classes = encode_pictures(model, items, **how), encode_classes(model, names, templates, how.get("batch_size", 64), how.get("dtype"))
-    averaging = "normalised mean" if model.row.retract is geo.normalize else "mean"
-    protocol = f"{len(items)} pictures, {len(names)} classes, {averaging} of {len(templates)} prompts, ranked by {model.config.geometry}/{model.logit}"
+    images, classes = encode_pictures(model, items, **how), encode_classes(model, names, templates, **for_texts(how))
+    protocol = f"{len(items)} pictures, {len(names)} classes, {model.row.average_is} of {len(templates)} prompts, ranked by {model.config.geometry}/{model.logit}"
     return zero_shot_metrics(similarity_of(model), images, classes, torch.tensor(labels)) | dict(protocol=protocol, class_names=names)
 
 
 def retrieval(model, items, captions, owner, **how):
-    images, texts = encode_pictures(model, items, **how), encode_texts(model, captions, how.get("batch_size", 64), how.get("dtype"))
+    images, texts = encode_pictures(model, items, **how), encode_texts(model, captions, **for_texts(how))
     protocol = f"{len(items)} pictures, {len(captions)} captions, any match counts, ranked by {model.config.geometry}/{model.logit}"
     return retrieval_metrics(similarity_of(model), images, texts, torch.tensor(owner)) | dict(protocol=protocol)
 
@@ -213,35 +217,9 @@ def held_out(model, source, pairs=None, **how):
 # the hierarchy: on the way from a picture to the root, captions turn from specific to general
 
 def last_min_radius(recipe):
-    """K as the training ended with it."""
+    """The K that a training was to end with; of a foreign checkpoint the default."""
     last = recipe.get("final_min_radius")
     return recipe.get("min_radius", 0.1) if last is None else last
-
-
-def traverse(model, images, texts, cones):
-    """The captions met on straight ways from pictures to the root.
-
-    images (N, D), texts (M, D) embeddings -> for each picture [(step, text)]: which text is the nearest from this step on, in order, each
-    text once; M stands for the root itself, which is a candidate everywhere. cones: only texts whose cone holds the point are.
-    Source: MERU (50 steps, with cones); EuCLIP, Figures 3 and 5.
-    """
-    check_finite(picture=images, text=texts)
-    geometry, recipe = model.config.geometry, model.recipe
-    root = model.row.root(torch.cat([images, texts]))
-    candidates = torch.cat([texts, geo.path_to_root(root[None], 2, geometry, root)[-1]])   # (M + 1, D), the root last
-    found = []
-    for path in geo.path_to_root(images, STEPS, geometry, root).unbind(1):                  # (S, D)
-        closeness = similarity_of(model)(path, candidates)                                  # (S, M + 1)
-        if cones:
-            for start in range(0, len(texts), BLOCK):   # a block of captions at a time: this needs (S, block, D)
-                some = texts[start:start + BLOCK]
-                outside = geo.entailment_loss(some, path[:, None], geometry, last_min_radius(recipe), model.curvature())
-                closeness[:, start:start + len(some)].masked_fill_(outside > 0, -math.inf)
-        first = {}
-        for step, text in enumerate(closeness.argmax(1).tolist()):
-            first.setdefault(text, step)
-        found.append([(step, text) for text, step in first.items()])
-    return found
 
 
 def uses_cones(model):
@@ -249,67 +227,105 @@ def uses_cones(model):
     return model.row.cone is not None and model.recipe.get("entailment_weight", 1) > 0
 
 
-def traversal_protocol(model, captions):
-    among = f" whose cone holds the point (K = {last_min_radius(model.recipe):g})" if uses_cones(model) else ""
-    return f"{STEPS} steps to the root, nearest of {captions} captions{among}, by {model.config.geometry}/{model.logit}"
+@torch.no_grad()
+def traverse(model, images, texts, cones):
+    """The captions retrieved on straight paths from pictures to the root.
+
+    images (N, D), texts (M, D) embeddings -> for each picture [(step, text)]: at each of S steps the nearest text, listed at the step where
+    it first appears; M stands for the root, a candidate everywhere, which wins ties. cones: only texts whose cone holds the point are
+    candidates. clip: the root is the mean of the embeddings given. Source: MERU (50 steps, with cones); EuCLIP, Figures 3 and 5.
+    """
+    check_finite(picture=images, text=texts)
+    geometry, K, found = model.config.geometry, last_min_radius(model.recipe), []
+    root = model.row.root(torch.cat([images, texts]))
+    for path in geo.path_to_root(images, STEPS, geometry, root).unbind(1):            # (S, D)
+        near = model.similarity(path, texts)                                          # (S, M)
+        for start in range(0, len(texts) if cones else 0, BLOCK):   # a block of texts at a time: each needs (S, block, D)
+            some = texts[start:start + BLOCK]
+            outside = geo.entailment_loss(some, path[:, None], geometry, K, model.curvature())
+            near[:, start:start + len(some)].masked_fill_(outside > 0, -math.inf)
+        best, nearest = near.max(1)
+        nearest[model.similarity(path, path[-1:])[:, 0] >= best] = len(texts)         # every path ends at the root
+        first = {}
+        for step, text in enumerate(nearest.tolist()):
+            first.setdefault(text, step)
+        found.append([(step, text) for text, step in first.items()])
+    return found
 
 
 def traversal(model, pictures, captions, **how):
-    """Paths of pictures, a file with a caption a line -> dict: ways {picture: [(share of the way walked, caption)]}, protocol."""
+    """Paths of pictures, a file with a caption a line -> dict: retrieved {picture: [(share of the path walked, caption)]}, protocol."""
     texts = list(dict.fromkeys(read_lines(captions)))
     if not texts:
         raise ValueError(f"{captions} has no captions")
-    ways = traverse(model, encode_pictures(model, pictures, **how), encode_texts(model, texts, how.get("batch_size", 64), how.get("dtype")), uses_cones(model))
+    cones = uses_cones(model)
+    found = traverse(model, encode_pictures(model, pictures, **how), encode_texts(model, texts, **for_texts(how)), cones)
+    among = f" whose cone holds the point (K = {last_min_radius(model.recipe):g})" if cones else ""
+    protocol = f"{STEPS} steps to the root ({model.row.root_is}), nearest of {len(texts)} captions{among}, by {model.config.geometry}/{model.logit}"
     texts.append("[ROOT]")
-    return dict(protocol=traversal_protocol(model, len(texts) - 1),
-                ways={picture: [(step / (STEPS - 1), texts[text]) for step, text in way] for picture, way in zip(pictures, ways)})
+    return dict(protocol=protocol, retrieved={picture: [(step / (STEPS - 1), texts[text]) for step, text in path]
+                                              for picture, path in zip(pictures, found)})
 
 
+def share(hits):
+    return sum(hits) / len(hits) if hits else None
+
+
+def retrieved_figures(found, level):
+    """What `traverse` found, the level of each text (0 = the most general) -> dict: captions, to_general, to_specific."""
+    paths = [[level[text] for _, text in path if text in level] for path in found]   # without the root
+    changes = [b - a for path in paths for a, b in zip(path, path[1:])]
+    return dict(captions=sum(map(len, paths)) / len(paths), to_general=share([c < 0 for c in changes]), to_specific=share([c > 0 for c in changes]))
+
+
+@torch.no_grad()
 def hierarchy_metrics(model, images, texts, chains):
     """Does the geometry know what is general and what is specific?
 
     images (N, D); texts (M, D); chains (N, L): captions of each picture, from the most general to the most specific, as indices into texts.
     -> dict:
     text_radius, image_radius   mean distance from the root of the most specific captions, of the pictures
-    right_order                 share of the distinct (general, specific) pairs in which the general one is nearer the root; chance 1/2
+    general_nearer, pairs       share of the distinct (general, specific) pairs in which the general one is nearer the root (chance: half);
+                                how many there are
     own_in_cone, other_in_cone  share of the most specific captions whose cone holds their picture, the picture half the set away; None
                                 without cones
-    way, way_in_cones           of `traverse` without and with cones (None where the model was not trained with them): captions (mean
-                                number of distinct ones, the root left out), to_general, to_specific (shares of the changes from caption
-                                to caption that lead up, down the levels; others stay on one; None where nothing changes)
+    traversal, traversal_in_cones   of `traverse` without and with cones (None where the model was not trained with them): captions (mean
+                                number of distinct ones), to_general, to_specific (shares of the changes from caption to caption that
+                                lead up, down the levels; the others stay on one; None where nothing changes)
     """
-    geometry, K, N = model.config.geometry, last_min_radius(model.recipe), len(images)
+    geometry, K = model.config.geometry, last_min_radius(model.recipe)
     root, own = model.row.root(torch.cat([images, texts])), [chain[-1] for chain in chains]
     radius = geo.distance_to_root(texts, geometry, root)
     pairs = {pair for chain in chains for pair in itertools.combinations(chain, 2)}
     out = dict(text_radius=radius[own].mean().item(), image_radius=geo.distance_to_root(images, geometry, root).mean().item(),
-               right_order=sum(bool(radius[general] < radius[specific]) for general, specific in pairs) / len(pairs), pairs=len(pairs),
-               own_in_cone=None, other_in_cone=None)
+               general_nearer=share([bool(radius[general] < radius[specific]) for general, specific in pairs]), pairs=len(pairs),
+               own_in_cone=None, other_in_cone=None, traversal_in_cones=None)
     if model.row.cone:
-        for name, shown in ("own_in_cone", images), ("other_in_cone", images.roll(N // 2, 0)):
-            outside = geo.entailment_loss(texts[own], shown, geometry, K, model.curvature())
-            out[name] = (outside == 0).double().mean().item()
+        for name, shown in ("own_in_cone", images), ("other_in_cone", images.roll(len(images) // 2, 0)):
+            out[name] = share((geo.entailment_loss(texts[own], shown, geometry, K, model.curvature()) == 0).tolist())
     level = {text: depth for chain in chains for depth, text in enumerate(chain)}
+    out["traversal"] = retrieved_figures(traverse(model, images, texts, cones=False), level)
+    if uses_cones(model):
+        out["traversal_in_cones"] = retrieved_figures(traverse(model, images, texts, cones=True), level)
+    return out
 
-    def figures(ways):
-        ways = [[level[text] for _, text in way if text in level] for way in ways]
-        changes = [b - a for way in ways for a, b in zip(way, way[1:])]
-        share = lambda hits: sum(hits) / len(changes) if changes else None
-        return dict(captions=sum(map(len, ways)) / N, to_general=share([c < 0 for c in changes]), to_specific=share([c > 0 for c in changes]))
-    return out | dict(way=figures(traverse(model, images, texts, cones=False)),
-                      way_in_cones=figures(traverse(model, images, texts, cones=True)) if uses_cones(model) else None)
+
+def embed_held_out(model, source, **how):
+    """Held-out data with its levels of generality, where it has some (`shapes`) -> dict: items (what `Pictures` takes), images (N, D),
+    captions (M distinct ones), texts (M, D), chains (N, L): the captions of each picture, general to specific, as indices into captions."""
+    items, captions = data.held_out_pairs(source)
+    chains = data.held_out_levels() if source == "shapes" else [[caption] for caption in captions]
+    place = {caption: i for i, caption in enumerate(dict.fromkeys(caption for chain in chains for caption in chain))}
+    return dict(items=items, images=encode_pictures(model, items, **how), captions=list(place),
+                texts=encode_texts(model, list(place), **for_texts(how)), chains=[[place[caption] for caption in chain] for chain in chains])
 
 
 def shapes_hierarchy(model, **how):
     """`hierarchy_metrics` of the held-out pictures of `shapes`, which are a hierarchy by construction."""
-    chains = data.held_out_levels()
-    captions = sorted({caption for chain in chains for caption in chain})
-    images = encode_pictures(model, list(range(data.HELD_OUT, 2 * data.HELD_OUT)), **how)
-    texts = encode_texts(model, captions, how.get("batch_size", 64), how.get("dtype"))
-    with torch.no_grad():
-        figures = hierarchy_metrics(model, images, texts, [[captions.index(c) for c in chain] for chain in chains])
-    return figures | dict(protocol=f"{len(images)} pictures, {len(captions)} captions of {len(data.LEVELS)} levels; {STEPS} steps to the root; "
-                                   f"K = {last_min_radius(model.recipe):g}")
+    held = embed_held_out(model, "shapes", **how)
+    protocol = f"{len(held['images'])} pictures, {len(held['captions'])} captions of {len(data.LEVELS)} levels; {STEPS} steps to the root"
+    protocol += f" ({model.row.root_is})" + (f"; K = {last_min_radius(model.recipe):g}" if model.row.cone else "")
+    return hierarchy_metrics(model, held["images"], held["texts"], held["chains"]) | dict(protocol=protocol)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -319,39 +335,41 @@ def folder_embeddings(model, checkpoint, folder, **how):
     """Pictures of a folder -> their paths, embeddings (N, D). They are kept beside the folder, in FOLDER.embeddings, for this checkpoint:
     the next time only pictures that are new or have changed are read. One that cannot be read is left out with a warning."""
     folder = Path(folder).resolve()
-    mark = lambda path: [path.stat().st_size, path.stat().st_mtime_ns]
-    found = {str(p): mark(p) for p in sorted(folder.rglob("*")) if p.suffix.lower() in data.PICTURES}
-    if not found:
+    stamp = lambda path: [path.stat().st_size, path.stat().st_mtime_ns]
+    stamps = {str(p): stamp(p) for p in sorted(folder.rglob("*")) if p.suffix.lower() in data.PICTURES and p.is_file()}
+    if not stamps:
         raise ValueError(f"no pictures in {folder}" if folder.is_dir() else f"no folder {folder}")
-    cache, key, known = folder.with_name(folder.name + ".embeddings"), [str(Path(checkpoint).resolve()), *mark(Path(checkpoint)), str(how.get("dtype"))], {}
-    with contextlib.suppress(ValueError, KeyError):   # none yet, or not ours
-        kept = read_checkpoint(cache)
-        if kept["key"] == key:
-            known = {path: row for path, now, row in zip(kept["paths"], kept["marks"], kept["embeddings"]) if found.get(path) == now}
-    missing, unreadable = [path for path in found if path not in known], {}
+    kept, known = folder.with_name(folder.name + ".embeddings"), {}
+    key = [str(Path(checkpoint).resolve()), *stamp(Path(checkpoint)), str(model.config), str(how.get("dtype"))]
+    with contextlib.suppress(ValueError, KeyError):   # none yet, or cut off
+        before = read_checkpoint(kept)
+        if before["key"] == key:
+            rows = zip(before["paths"], before["stamps"], before["embeddings"])
+            known = {path: row for path, then, row in rows if stamps.get(path) == then}
+    missing, unreadable = [path for path in stamps if path not in known], {}
     rows = encode_pictures(model, missing, unreadable=unreadable, **how).cpu()
     known.update(zip((path for i, path in enumerate(missing) if i not in unreadable), rows))
     for sentence in unreadable.values():
         print(f"warning: {sentence}", file=sys.stderr)
-    paths = [path for path in found if path in known]
+    paths = [path for path in stamps if path in known]
     if not paths:
-        raise ValueError(f"none of the {len(found)} pictures in {folder} can be read")
+        raise ValueError(f"none of the {len(stamps)} pictures in {folder} can be read")
     embeddings = torch.stack([known[path] for path in paths])
-    if missing:
+    if len(rows):
         try:
-            with open(cache, "wb") as file:
-                torch.save(dict(key=key, paths=paths, marks=[found[path] for path in paths], embeddings=embeddings), file)
-        except OSError as error:
-            print(f"warning: cannot keep the embeddings in {cache}: {error.strerror}", file=sys.stderr)
+            torch.save(dict(key=key, paths=paths, stamps=[stamps[path] for path in paths], embeddings=embeddings), kept)
+        except (OSError, RuntimeError) as error:   # torch.save turns some of the first into the second
+            print(f"warning: the embeddings cannot be kept in {kept}: {error}", file=sys.stderr)
     return paths, embeddings.to(next(model.parameters()).device)
 
 
 def search(model, checkpoint, query, folder, count=10, **how):
-    """The pictures of a folder that are nearest to a text -> dict: nearest [(path, similarity)], the nearest first; text, pictures (how many)."""
+    """The pictures of a folder that are nearest to a text -> dict: nearest [(path, similarity)], the nearest first; query; pictures, how many."""
     paths, embeddings = folder_embeddings(model, checkpoint, folder, **how)
-    closeness = similarity_of(model)(encode_texts(model, [query], dtype=how.get("dtype")), embeddings)[0]
-    nearest = closeness.topk(min(count, len(paths))).indices.tolist()
-    return dict(text=query, pictures=len(paths), nearest=[(paths[i], closeness[i].item()) for i in nearest])
+    text = encode_texts(model, [query], **for_texts(how))
+    check_finite(text=text, picture=embeddings)
+    similarity, nearest = similarity_of(model)(text, embeddings)[0].topk(min(count, len(paths)))
+    return dict(query=query, pictures=len(paths), nearest=[(paths[i], s) for i, s in zip(nearest.tolist(), similarity.tolist())])
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -420,19 +438,19 @@ def table(results):
             lines.append("  chance %        " + "  ".join(percent(r["chance"][f"{way}_r{k}"]) for k in (1, 5, 10)))
     if (h := results.get("hierarchy")):
         lines += [f"hierarchy: {h['protocol']}",
-                  f"  mean distance from the root: text {h['text_radius']:.2f}, image {h['image_radius']:.2f}",
-                  f"  general captions nearer the root %   {percent(h['right_order'])}   of {h['pairs']:,} pairs; chance 50",
-                  f"  picture in the cone of its caption % {percent(h['own_in_cone'])}   another picture {percent(h['other_in_cone'])}"]
-        for name, title in (("way", "all captions"), ("way_in_cones", "those in whose cone it is")):
-            if (way := h[name]):
-                lines.append(f"  on the way to the root, nearest of {title}: {way['captions']:.1f} captions; "
-                             f"{percent(way['to_general']).strip()} % of changes to a more general one, {percent(way['to_specific']).strip()} % to a more specific one")
+                  f"  mean distance from the root            text {h['text_radius']:.2f}   image {h['image_radius']:.2f}",
+                  f"  general caption nearer the root % {percent(h['general_nearer'])}   chance 50, {h['pairs']:,} pairs",
+                  f"  caption's cone holds its picture %{percent(h['own_in_cone'])}   another picture {percent(h['other_in_cone'])}"]
+        for name, among in (("traversal", "all"), ("traversal_in_cones", "those whose cone holds the point")):
+            if (t := h[name]):
+                lines.append(f"  on the way, nearest of {among}: {t['captions']:.1f} captions; changes to a more general one "
+                             f"{percent(t['to_general']).strip()} %, to a more specific one {percent(t['to_specific']).strip()} %")
     if (t := results.get("traversal")):
         lines.append(f"traversal: {t['protocol']}")
-        for picture, way in t["ways"].items():
-            lines += [picture, *(f"  {share:4.0%}  {caption}" for share, caption in way)]
+        for picture, retrieved in t["retrieved"].items():
+            lines += [picture, *(f"  {walked:4.0%}  {caption}" for walked, caption in retrieved)]
     if (q := results.get("query")):
-        lines += [f"query: {q['text']!r} in {q['pictures']} pictures", *(f"  {closeness:8.3f}  {path}" for path, closeness in q["nearest"])]
+        lines += [f"query: {q['query']!r} in {q['pictures']} pictures", *(f"  {similarity:8.3f}  {path}" for path, similarity in q["nearest"])]
     return "\n".join(lines)
 
 

@@ -231,6 +231,9 @@ class Geometry:
     root: Callable                    # embeddings (N, D) -> the root (D,)
     radius: Callable                  # (x (N, D), root (D,)) -> distance from the root (N,)
     retract: Callable                 # (..., D) -> (..., D): back onto the space after averaging or interpolating
+    root_is: str = "the origin"       # in words, for protocols and axes
+    radius_is: str = "distance from the root"
+    average_is: str = "mean"
 
 
 CLIP_SCALE = math.log(1 / 0.07)       # CLIP's start; the authors' for every logit that is not squared
@@ -258,7 +261,8 @@ GEOMETRIES = {
         logits={"cosine": Logit(cosine_similarity, CLIP_SCALE, CLIP_SCALE, 3.4),
                 "arc": Logit(arc_similarity, CLIP_SCALE, CLIP_SCALE, 3.4)},
         final_ln=True, scalars={}, cone=None,
-        root=lambda embeddings: embeddings.mean(0), radius=scaled_cosine_distance, retract=normalize),
+        root=lambda embeddings: embeddings.mean(0), radius=scaled_cosine_distance, retract=normalize,
+        root_is="the mean of these embeddings", radius_is="scaled cosine distance from the root", average_is="normalised mean"),
     "euclidean": Geometry(
         project=divide_by_sqrt_width,
         logits={"squared": Logit(euclidean_squared_similarity, 0.0, -1.0, 2.0),     # EuCLIP

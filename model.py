@@ -351,7 +351,7 @@ class CLIP(nn.Module):
         text_logits = image_logits.T if all_text is text else scale * self.similarity(text, all_image)
         contrastive = contrastive_loss(image_logits, text_logits, rank() * len(image))
         out = dict(loss=contrastive, contrastive=contrastive.detach())
-        if self.row.cone:
+        if self.row.cone or entailment_weight > 0:   # which the sphere refuses
             with torch.set_grad_enabled(torch.is_grad_enabled() and entailment_weight > 0):
                 outside = geo.entailment_loss(text, image, self.config.geometry, min_radius, self.curvature())
             if entailment_weight > 0:

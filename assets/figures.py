@@ -1,7 +1,7 @@
-"""All drawing: what a checkpoint does, seen, and the two pictures that explain the geometry. Pillow and numpy, at twice the size, then reduced.
+"""All drawing: what a checkpoint does, and two pictures that explain the geometry. Pillow and numpy, at twice the size, then reduced.
 
     python -m assets.figures geometry assets                                        # the README's opening picture, and the cones
-    python -m assets.figures out/ckpt.pt figures                                    # distances, levels, ways to the root, matrix, contact sheet
+    python -m assets.figures out/ckpt.pt figures                                    # distances, levels, traversal, matrix, contact sheet
     python -m assets.figures out/ckpt.pt figures --query "a red circle" --images photos
 
 The study draws its own with `python tests/study.py`. Coordinates are pixels of the finished picture, y downwards; in a Panel, the data's.
@@ -94,18 +94,18 @@ def ticks(low, high, count=5):
     """Round numbers in a range, about `count` of them."""
     step = 10 ** math.floor(math.log10((high - low) / count))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= count + 1)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [round(i * step, 10) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 class Panel:
     """A rectangle of a sheet in the data's coordinates, with ticks, labels and title."""
 
-    def __init__(self, sheet, left, top, width, height, x, y, title="", x_label="", y_label="", x_ticks=None, y_ticks=None):
+    def __init__(self, sheet, left, top, width, height, x, y, title="", x_label="", y_label="", x_ticks=None):
         self.sheet, self.left, self.top, self.width, self.height, self.x, self.y = sheet, left, top, width, height, x, y
-        for value, words in y_ticks if y_ticks is not None else [(v, f"{v:g}") for v in map(lambda v: round(v, 10), ticks(*y))]:
+        for value in ticks(*y):
             sheet.line([self.at(x[0], value), self.at(x[1], value)], GRID)
-            sheet.text(left - 6, self.at(0, value)[1], words, 11, FAINT, "rm")
-        for value, words in x_ticks if x_ticks is not None else [(v, f"{v:g}") for v in map(lambda v: round(v, 10), ticks(*x))]:
+            sheet.text(left - 6, self.at(0, value)[1], f"{value:g}", 11, FAINT, "rm")
+        for value, words in [(v, f"{v:g}") for v in ticks(*x)] if x_ticks is None else x_ticks:
             at = self.at(value, y[0])
             sheet.line([at, (at[0], at[1] + 4)], FAINT)
             sheet.text(at[0], at[1] + 6, words, 11, FAINT, "ma")
@@ -141,7 +141,7 @@ def histogram(panel, values, colour, edges):
 
 
 def heat(values, top):
-    """(H, W) in [0, top] -> RGB image, from paper through orange to dark red."""
+    """(H, W) in [0, top] -> uint8 (H, W, 3), from paper through orange to dark red."""
     stops = np.array([mixed(PAPER, 1), (250, 200, 120), (214, 96, 60), (110, 20, 40)], dtype=float)
     at = np.clip(values / top, 0, 1) * (len(stops) - 1)
     low = np.minimum(at.astype(int), len(stops) - 2)
@@ -175,63 +175,60 @@ def distance(x, y, geometry, logit):
     return -geo.similarity(torch.tensor(x)[None], torch.tensor(y)[None], geometry, logit).item()
 
 
-def three_geometries(path):
-    """The same two embeddings on the sphere, in the plane and in the hyperbolic disc, with the shortest path between them."""
-    sheet, R = Sheet(840, 330), 112
-    x, y = (r * np.array([np.cos(a), np.sin(a)]) for r, a in ((1.8, math.radians(22)), (1.4, math.radians(97))))
-    middles = [(140 + 280 * i, 170) for i in range(3)]
-    unit = [v / np.linalg.norm(v) for v in (x, y)]
-    lengths = [distance(*unit, "clip", "arc"), distance(x, y, "euclidean", "distance"), distance(x, y, "hyperbolic", "distance")]
-    titles = ["sphere: CLIP", "plane: EuCLIP", "hyperbolic disc: MERU"]
-    notes = ["only the turn is left", "walk, and turn", "turning costs more further out"]
-    for (cx, cy), title, note, length in zip(middles, titles, notes, lengths):
-        sheet.text(cx, 22, title, 16, anchor="mm")
-        sheet.text(cx, 298, f"distance {length:.2f}", 14, anchor="mm")
-        sheet.text(cx, 316, note, 11, FAINT, "mm")
+def sphere(sheet, cx, cy, R, angle):
+    """A sphere in parallel projection, seen from above its equator -> two points on it `angle` apart, and the great circle between them, as
+    (60, 3): right, up, towards the eye."""
+    x, y = np.meshgrid(*[(np.arange(4 * R) - 2 * R + 0.5) / (2 * R)] * 2)
+    light = 0.72 + 0.28 * (-0.45 * x - 0.5 * y + 0.75 * np.sqrt(np.clip(1 - x ** 2 - y ** 2, 0, 1)))
+    ball = Image.fromarray((np.clip(light, 0, 1)[..., None] * np.array([238, 243, 250])).astype(np.uint8))
+    sheet.image.paste(ball, (2 * (cx - R), 2 * (cy - R)), Image.fromarray(((x ** 2 + y ** 2 <= 1) * 255).astype(np.uint8)))
+    sheet.circle(cx, cy, R, outline=FAINT)
+    lift = math.radians(28)
 
-    def show(middle, points, path, scale):
-        to = lambda p: (middle[0] + scale * p[0], middle[1] - scale * p[1])
-        for p in points:
-            sheet.line([to((0, 0)), to(p)], FAINT, 1, dash=3)
-        sheet.line([to(p) for p in path], INK, 3)
-        sheet.circle(*to((0, 0)), 3, FAINT)
-        for p, colour, name in zip(points, (IMAGE, TEXT), ("image", "text")):
-            sheet.circle(*to(p), 6, colour, PAPER)
-            sheet.text(to(p)[0] + 10, to(p)[1] - 8, name, 12, colour, "lm")
+    def at(latitude, longitude):
+        east, south, up = math.cos(latitude) * math.sin(longitude), math.cos(latitude) * math.cos(longitude), math.sin(latitude)
+        return np.array([east, up * math.cos(lift) - south * math.sin(lift), up * math.sin(lift) + south * math.cos(lift)])
 
-    # the sphere, seen from above the equator, by parallel projection: rows of `turn` are the picture's right, up and towards the eye
-    (cx, cy), side = middles[0], 2 * R
-    grid = (np.arange(2 * side) - side + 0.5) / side
-    gx, gy = np.meshgrid(grid, -grid)
-    inside = gx ** 2 + gy ** 2 <= 1
-    light = np.clip(0.72 + 0.28 * (0.5 * gy - 0.45 * gx + 0.75 * np.sqrt(np.clip(1 - gx ** 2 - gy ** 2, 0, 1))), 0, 1)
-    ball = Image.fromarray((light[..., None] * np.array([238, 243, 250])).astype(np.uint8))
-    sheet.image.paste(ball, (2 * (cx - R), 2 * (cy - R)), Image.fromarray((inside * 255).astype(np.uint8)))
-    tilt = math.radians(28)
-    turn = np.array([[1, 0, 0], [0, math.cos(tilt), -math.sin(tilt)], [0, math.sin(tilt), math.cos(tilt)]]) @ np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]])
-    at = lambda lat, lon: turn @ np.array([math.cos(lat) * math.sin(lon), -math.cos(lat) * math.cos(lon), math.sin(lat)])
-    spots = np.radians(np.arange(-180, 181, 3))
-    rings = [[at(math.radians(lat), lon) for lon in spots] for lat in range(-60, 61, 30)] + [[at(lat, math.radians(lon)) for lat in spots] for lon in range(0, 180, 30)]
-    for ring in rings:
+    around = np.radians(np.arange(-180, 181, 3))
+    parallels = [[at(latitude, a) for a in around] for latitude in np.radians(np.arange(-60, 61, 30))]
+    meridians = [[at(a, longitude) for a in around] for longitude in np.radians(np.arange(0, 180, 30))]
+    for ring in parallels + meridians:
         for p, q in zip(ring, ring[1:]):
             if p[2] > 0 and q[2] > 0:
                 sheet.line([(cx + R * p[0], cy - R * p[1]), (cx + R * q[0], cy - R * q[1])], mixed(FAINT, 0.35))
-    sheet.circle(cx, cy, R, outline=FAINT)
-    first, angle = at(math.radians(22), math.radians(66)), lengths[0]
-    aside = at(math.radians(62), math.radians(-60))
-    aside = (aside - (aside @ first) * first) / np.linalg.norm(aside - (aside @ first) * first)
-    arc = [math.cos(t) * first + math.sin(t) * aside for t in np.linspace(0, angle, 60)]   # a great circle
-    show(middles[0], (arc[0], arc[-1]), arc, R)
+    first, aside = at(math.radians(22), math.radians(66)), at(math.radians(62), math.radians(-60))
+    aside -= (aside @ first) * first   # what is left is a right angle away
+    return np.array([math.cos(t) * first + math.sin(t) * aside / np.linalg.norm(aside) for t in np.linspace(0, angle, 60)])
 
-    for middle, rings, scale in ((middles[1], [0.5, 1, 1.5, 2], R / 2), (middles[2], np.tanh(np.array([0.5, 1, 1.5, 2]) / 2), R)):
-        for ring in rings:
-            sheet.circle(*middle, scale * ring, outline=mixed(FAINT, 0.35))
-    sheet.circle(*middles[2], R, outline=FAINT)
-    show(middles[1], (x, y), (x, y), R / 2)
-    show(middles[2], (to_disc(x), to_disc(y)), hyperbolic_path(x, y), R)
-    for middle, scale, radius in ((middles[1], R / 2, lambda r: r), (middles[2], R, lambda r: math.tanh(r / 2))):
+
+def three_geometries(path):
+    """Two embeddings, at the same angle and (but for the sphere) with the same radii in each geometry, and the shortest path between them."""
+    sheet, R, cy = Sheet(840, 330), 112, 170
+    image, text = (r * np.array([np.cos(a), np.sin(a)]) for r, a in ((1.8, math.radians(22)), (1.4, math.radians(97))))
+    angle = distance(image / 1.8, text / 1.4, "clip", "arc")
+    great_circle = sphere(sheet, 140, cy, R, angle)
+    for cx, radius in ((420, lambda r: r / 2), (700, lambda r: math.tanh(r / 2))):   # circles around the root, for scale
+        for r in (0.5, 1, 1.5, 2):
+            sheet.circle(cx, cy, R * radius(r), outline=mixed(FAINT, 0.35))
         for r in (1, 2):
-            sheet.text(middle[0], middle[1] + scale * radius(r) - 2, f"{r}", 10, FAINT, "md")
+            sheet.text(cx, cy + R * radius(r) - 2, f"{r}", 10, FAINT, "md")
+    sheet.circle(700, cy, R, outline=FAINT)
+    for cx, title, length, note, shortest in (
+            (140, "sphere: CLIP", angle, "only the turn is left", great_circle[:, :2]),
+            (420, "plane: EuCLIP", distance(image, text, "euclidean", "distance"), "walk, and turn", np.array([image, text]) / 2),
+            (700, "hyperbolic disc: MERU", distance(image, text, "hyperbolic", "distance"), "turning costs more further out",
+             hyperbolic_path(image, text))):
+        points = [(cx + R * x, cy - R * y) for x, y in shortest]
+        for end in (points[0], points[-1]):
+            sheet.line([(cx, cy), end], FAINT, 1, dash=3)
+        sheet.line(points, INK, 3)
+        sheet.circle(cx, cy, 3, FAINT)
+        for end, colour, name in ((points[0], IMAGE, "image"), (points[-1], TEXT, "text")):
+            sheet.circle(*end, 6, colour, PAPER)
+            sheet.text(end[0] + 10, end[1] - 8, name, 12, colour, "lm")
+        sheet.text(cx, 22, title, 16, anchor="mm")
+        sheet.text(cx, 298, f"distance {length:.2f}", 14, anchor="mm")
+        sheet.text(cx, 316, note, 11, FAINT, "mm")
     sheet.save(path)
 
 
@@ -241,7 +238,7 @@ def cones(path, K=0.25):
     apexes = [(K, K), (0.75, 0.3), (1.1, -0.55)]
     grid = (np.arange(2 * side) - side + 0.5) / side
     flat = np.stack(np.meshgrid(grid, -grid), -1)                        # (2 side, 2 side, 2), in [-1, 1]
-    for row, (geometry, reach, top) in enumerate((("euclidean", 1.6, 44), ("hyperbolic", 1.0, 354))):
+    for geometry, reach, top, where in (("euclidean", 1.6, 44, "x and y from -1.6 to 1.6"), ("hyperbolic", 1.0, 354, "Poincaré disc, c = 1")):
         points = flat * reach if geometry == "euclidean" else from_disc(flat)
         for column, apex in enumerate(apexes):
             left = 20 + column * (side + 20)
@@ -262,7 +259,7 @@ def cones(path, K=0.25):
             sheet.circle(*to(apex), 6, TEXT, PAPER)
             aperture = geo.find(geometry)[0].cone(torch.tensor([apex]), torch.tensor([apex]), K, 1.0)[1].item()
             sheet.text(left, top - 19, f"text at ({apex[0]:g}, {apex[1]:g}): half-aperture {math.degrees(aperture):.0f}°", 12)
-        sheet.text(385, top + side + 8, f"{geometry}, K = {K:g}, " + (f"x and y from {-reach:g} to {reach:g}" if row == 0 else "Poincaré disc, c = 1"), 12, anchor="ma")
+        sheet.text(385, top + side + 8, f"{geometry}, K = {K:g}, {where}", 12, anchor="ma")
     bar = heat(np.repeat(np.linspace(math.pi, 0, 400)[:, None], 28, 1), math.pi)
     sheet.image.paste(Image.fromarray(bar), (2 * 786, 2 * 240))
     for value, words in ((0, "0"), (math.pi / 2, "pi/2"), (math.pi, "pi")):
@@ -279,21 +276,21 @@ def cones(path, K=0.25):
 class Subject:
     """A model with its held-out pictures and captions, embedded once."""
 
-    def __init__(self, checkpoint, **how):
+    def __init__(self, checkpoint):
         self.model = load_model(checkpoint)
         source = evaluate.held_out_source(self.model.recipe)
         if source is None:
             raise ValueError(f"{checkpoint} names no held-out data; train with --val_data")
-        self.items, self.captions = data.held_out_pairs(source)
-        self.chains = data.held_out_levels() if source == "shapes" else [[c] for c in self.captions]   # from general to specific
-        self.texts = sorted({c for chain in self.chains for c in chain})
-        self.images = evaluate.encode_pictures(self.model, self.items, **how)
-        self.embedded = evaluate.encode_texts(self.model, self.texts, **how)
-        self.own = self.embedded[[self.texts.index(c) for c in self.captions]]   # one per picture
-        self.root = self.model.row.root(torch.cat([self.images, self.embedded]))
-        weight = self.model.recipe.get("entailment_weight", 0)
-        self.name = f"{self.model.config.geometry}/{self.model.logit}" + (f", lambda {weight:g}" if self.model.row.cone else "")
-        self.unit = "scaled cosine distance from the mean" if self.model.row.retract is geo.normalize else "distance from the root"
+        held = evaluate.embed_held_out(self.model, source)
+        self.items, self.images, self.captions, self.texts, self.chains = (held[k] for k in ("items", "images", "captions", "texts", "chains"))
+        self.own = [chain[-1] for chain in self.chains]   # the most specific caption of each picture, as indices
+        self.root = self.model.row.root(torch.cat([self.images, self.texts]))
+        self.name = f"{self.model.config.geometry}/{self.model.logit}"
+        if self.model.row.cone:
+            self.name += f", lambda {self.model.recipe.get('entailment_weight', 0):g}"
+
+    def caption(self, i):
+        return self.captions[self.own[i]]
 
     @torch.no_grad()
     def radius(self, x):
@@ -305,17 +302,17 @@ class Subject:
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def distances_panel(sheet, subject, left, top, width, height, legend):
+def distances_panel(sheet, subject, left, top, width, height):
     """Figures 2 and 4 of the paper: how far text and pictures are from the root."""
-    text, image = subject.radius(subject.own), subject.radius(subject.images)
-    high = 1.0 if subject.model.row.retract is geo.normalize else 1.15 * float(max(text.max(), image.max()))
+    text, image = subject.radius(subject.texts[subject.own]), subject.radius(subject.images)
+    high = 1.15 * float(max(text.max(), image.max()))
     edges = np.linspace(0, high, 61)
     top_share = max((np.histogram(v, edges)[0] / len(v)).max() for v in (text, image))
-    panel = Panel(sheet, left, top, width, height, (0, high), (0, 1.1 * top_share), subject.name, subject.unit, "share of n per bin")
+    panel = Panel(sheet, left, top, width, height, (0, high), (0, 1.1 * top_share), subject.name, subject.model.row.radius_is,
+                  "share of n per bin")
     for values, colour in ((text, TEXT), (image, IMAGE)):
         histogram(panel, values, colour, edges)
-    if legend:
-        sheet.legend(left + width - 110, top + 2, [(TEXT, f"text, n = {len(text)}"), (IMAGE, f"image, n = {len(image)}")])
+    sheet.legend(left + width - 110, top + 2, [(TEXT, f"text, n = {len(text)}"), (IMAGE, f"image, n = {len(image)}")])
 
 
 def distances(subjects, path):
@@ -325,18 +322,19 @@ def distances(subjects, path):
     for row, line in enumerate(subjects):
         for column, subject in enumerate(line):
             if subject:
-                distances_panel(sheet, subject, 70 + column * (width + 65), 40 + row * (height + 80), width, height, legend=True)
+                distances_panel(sheet, subject, 70 + column * (width + 65), 40 + row * (height + 80), width, height)
     sheet.save(path)
 
 
 def levels(subject, path):
     """Radius by level of generality, pictures last: box = middle half, whiskers = 5 to 95 %, line = median."""
-    groups = [(f"{name}", subject.radius(subject.embedded[[subject.texts.index(c) for c in sorted({chain[i] for chain in subject.chains})]]), TEXT)
-              for i, name in enumerate(data.LEVELS)] + [("pictures", subject.radius(subject.images), IMAGE)]
+    of_level = [sorted({chain[i] for chain in subject.chains}) for i in range(len(data.LEVELS))]
+    groups = [(name, subject.radius(subject.texts[chosen]), TEXT) for name, chosen in zip(data.LEVELS, of_level)]
+    groups += [("pictures", subject.radius(subject.images), IMAGE)]
     sheet = Sheet(760, 400)
     high = 1.1 * max(float(np.quantile(v, 0.95)) for _, v, _ in groups)
-    panel = Panel(sheet, 70, 40, 660, 270, (-0.5, len(groups) - 0.5), (0, high), f"{subject.name}: {subject.unit} by level of generality", "",
-                  subject.unit, x_ticks=[])
+    panel = Panel(sheet, 70, 40, 660, 270, (-0.5, len(groups) - 0.5), (0, high),
+                  f"{subject.name}: how far captions are from the root, by generality", "", subject.model.row.radius_is, x_ticks=[])
     for i, (name, values, colour) in enumerate(groups):
         low, q1, median, q3, top = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))
         panel.curve((i, i), (low, top), colour)
@@ -347,37 +345,41 @@ def levels(subject, path):
     sheet.save(path)
 
 
+def chip(sheet, left, middle, words, fill):
+    lines = textwrap.wrap(words, 17, max_lines=4, placeholder=" ...")
+    sheet.text(left, middle, ">", 13, FAINT, "lm")
+    sheet.rectangle(left + 12, middle - 4 - 8 * len(lines), left + 120, middle + 4 + 8 * len(lines), fill, radius=5)
+    for k, line in enumerate(lines):
+        sheet.text(left + 66, middle + 16 * (k - (len(lines) - 1) / 2), line, 11, anchor="mm")
+
+
 def traversal(subject, path, strips=6):
-    """Figures 3 and 5 of the paper: captions on the way from pictures to the root, and how many there are."""
+    """Figures 3 and 5 of the paper: captions retrieved on the way from pictures to the root, and how many there are."""
     cones = evaluate.uses_cones(subject.model)
-    ways = evaluate.traverse(subject.model, subject.images, subject.embedded, cones)
-    counts = [sum(text < len(subject.texts) for _, text in way) for way in ways]
-    sheet, words = Sheet(860, 60 + 92 * strips + 230), [*subject.texts, "[ROOT]"]
-    sheet.text(20, 14, f"{subject.name}: nearest captions on the way to the root" + ", among those whose cone holds the point" * cones, 14)
-    long = sorted(range(len(ways)), key=lambda i: -counts[i])   # strips from the whole range of lengths
+    found = [[text for _, text in f] for f in evaluate.traverse(subject.model, subject.images, subject.texts, cones)]
+    counts = [sum(text < len(subject.captions) for text in f) for f in found]
+    sheet, words = Sheet(860, 60 + 92 * strips + 230), [*subject.captions, "[ROOT]"]
+    among = ", among those whose cone holds the point" if cones else ""
+    sheet.text(20, 14, f"{subject.name}: nearest captions on the way to the root{among}", 14)
+    by_length = sorted(range(len(found)), key=lambda i: -counts[i])   # strips from the whole range of lengths
     for row in range(strips):
-        i, top = long[row * (len(long) - 1) // (strips - 1)], 50 + 92 * row
+        i, top = by_length[row * (len(found) - 1) // (strips - 1)], 50 + 92 * row
         sheet.picture(subject.picture(i), 20, top, 80, 80)
-        way = [words[text] for _, text in ways[i]]
-        if len(way) > 6:
-            way = [*way[:4], f"({len(way) - 5} more)", way[-1]]
-        for n, caption in enumerate(way):
-            left = 112 + 124 * n
-            sheet.text(left, top + 40, ">", 13, FAINT, "lm")
-            lines = textwrap.wrap(caption, 17, max_lines=4, placeholder=" ...")
-            sheet.rectangle(left + 12, top + 36 - 8 * len(lines), left + 120, top + 44 + 8 * len(lines), mixed(TEXT, 0.12) if caption in subject.texts else GRID, radius=5)
-            for k, line in enumerate(lines):
-                sheet.text(left + 66, top + 40 + 16 * (k - (len(lines) - 1) / 2), line, 11, anchor="mm")
-    most = max(counts + [3])
-    share = Counter(counts)
-    panel = Panel(sheet, 70, 60 + 92 * strips + 30, 400, 140, (-0.6, most + 0.6), (0, 1.1 * max(share.values()) / len(ways)),
-                  f"captions met on the way, n = {len(ways)} pictures, mean {np.mean(counts):.1f}", "captions, without the root", "share", x_ticks=[(k, str(k)) for k in range(most + 1)])
+        for n, text in enumerate(found[i][:6]):
+            chip(sheet, 112 + 124 * n, top + 40, words[text], GRID if words[text] == "[ROOT]" else mixed(TEXT, 0.12))
+        if len(found[i]) > 6:
+            sheet.text(855, top + 66, f"and {len(found[i]) - 6} more", 11, FAINT, "rm")
+    share, most = Counter(counts), max(counts + [3])
+    panel = Panel(sheet, 70, 60 + 92 * strips + 30, 400, 140, (-0.6, most + 0.6), (0, 1.1 * max(share.values()) / len(found)),
+                  f"captions retrieved per picture, n = {len(found)}, mean {np.mean(counts):.1f}", "captions, without the root",
+                  "share of pictures", x_ticks=[(k, str(k)) for k in range(most + 1)])
     for k, n in share.items():
-        panel.bar(k - 0.35, k + 0.35, n / len(ways), TEXT)
+        panel.bar(k - 0.35, k + 0.35, n / len(found), TEXT)
     sheet.save(path)
 
 
 def some(subject, count):
+    """The same few held-out pairs for every model."""
     return [int(i) for i in np.random.default_rng(0).permutation(len(subject.items))[:count]]
 
 
@@ -385,7 +387,7 @@ def some(subject, count):
 def matrix(subject, path):
     """The similarities of 24 held-out pairs: rows are captions, columns their pictures; the diagonal should be the darkest."""
     chosen, side = some(subject, 24), 22
-    values = subject.model.similarity(subject.own[chosen], subject.images[chosen]).numpy()
+    values = subject.model.similarity(subject.texts[[subject.own[i] for i in chosen]], subject.images[chosen]).numpy()
     n, left, top = len(chosen), 330, 84
     sheet = Sheet(left + side * n + 90, top + side * n + 40)
     sheet.text(20, 14, f"{subject.name}: similarity of {n} held-out pairs", 14)
@@ -394,9 +396,10 @@ def matrix(subject, path):
     cells = heat(values - low, high - low)
     for i, a in enumerate(chosen):
         sheet.picture(subject.picture(a), left + side * i + 1, top - side, side - 2, side - 2)
-        sheet.text(left - 6, top + side * i + side / 2, textwrap.shorten(subject.captions[a], 60, placeholder=" ..."), 11, anchor="rm")
+        sheet.text(left - 6, top + side * i + side / 2, textwrap.shorten(subject.caption(a), 60, placeholder=" ..."), 10, anchor="rm")
         for j in range(n):
-            sheet.rectangle(left + side * j, top + side * i, left + side * j + side - 1, top + side * i + side - 1, tuple(cells[i, j].tolist()))
+            x, y = left + side * j, top + side * i
+            sheet.rectangle(x, y, x + side - 1, y + side - 1, tuple(cells[i, j].tolist()))
         best = int(values[i].argmax())
         sheet.circle(left + side * best + side / 2, top + side * i + side / 2, 4, PAPER if best == i else "#000000")
     bar = left + side * n + 20
@@ -404,7 +407,8 @@ def matrix(subject, path):
     for value, y in ((high, top), (low, top + side * n)):
         sheet.text(bar + 18, y, f"{value:.2f}", 11, FAINT, "lm")
     right = sum(int(row.argmax()) == i for i, row in enumerate(values))
-    sheet.text(left, top + side * n + 8, f"a dot marks the nearest picture of each caption: white right ({right}), black wrong ({n - right})", 11, FAINT)
+    told = f"a dot marks the nearest picture of each caption: white right ({right}), black wrong ({n - right})"
+    sheet.text(left, top + side * n + 8, told, 11, FAINT)
     sheet.save(path)
 
 
@@ -412,17 +416,18 @@ def matrix(subject, path):
 def contact(subject, path):
     """Twelve held-out pictures with their three nearest captions, wrong ones in red."""
     chosen = some(subject, 12)
-    nearest = subject.model.similarity(subject.images[chosen], subject.own).topk(3).indices.tolist()
+    nearest = subject.model.similarity(subject.images[chosen], subject.texts[subject.own]).topk(3).indices.tolist()
     sheet = Sheet(860, 40 + 4 * 124)
-    sheet.text(20, 12, f"{subject.name}: the three nearest of {len(subject.captions)} held-out captions", 14)
-    sheet.legend(640, 8, [(GOOD, "its own caption")]), sheet.legend(760, 8, [(BAD, "another one")])
+    sheet.text(20, 12, f"{subject.name}: the three nearest of {len(subject.own)} held-out captions", 14)
+    sheet.legend(640, 8, [(GOOD, "its own caption")])
+    sheet.legend(760, 8, [(BAD, "another one")])
     for n, (i, found) in enumerate(zip(chosen, nearest)):
         left, top = 20 + 280 * (n % 3), 44 + 124 * (n // 3)
         sheet.picture(subject.picture(i), left, top, 108, 108)
         y = top
         for j in found:
-            for line in textwrap.wrap(subject.captions[j], 29, max_lines=2, placeholder=" ..."):
-                sheet.text(left + 116, y, line, 10, GOOD if subject.captions[j] == subject.captions[i] else BAD)
+            for line in textwrap.wrap(subject.caption(j), 29, max_lines=2, placeholder=" ..."):
+                sheet.text(left + 116, y, line, 10, GOOD if subject.own[j] == subject.own[i] else BAD)
                 y += 15
             y += 6
     sheet.save(path)
@@ -443,7 +448,7 @@ def query(model, checkpoint, words, folder, path):
 # ---------------------------------------------------------------------------------------------------------------------------------
 # a study: curves of several runs each
 
-def curves(groups, path, title, x_label, y_label, percent=True):
+def curves(groups, path, title, x_label, y_label):
     """groups: name -> (xs, [ys of each seed]) -> a line for the mean, a band from the lowest to the highest seed."""
     sheet = Sheet(760, 380)
     every = [y for _, seeds in groups.values() for ys in seeds for y in ys]

@@ -1,6 +1,6 @@
 """The study: every geometry, logit and entailment weight on the built-in shapes, three seeds each.
 
-    python tests/study.py                          # trains what is missing, evaluates, writes table.md and pictures to out_study
+    python tests/study.py                          # trains what is missing, evaluates, writes tables.md and pictures to out_study
     python tests/study.py --samples 9_000 --seeds 1
 
 Runs are those of `train.py` with the flags below, one thread and one core each, as many at once as there are cores. What is done is
@@ -14,6 +14,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,105 +31,116 @@ def runs():
     table = {}
     for geometry, row in GEOMETRIES.items():
         for logit in row.logits:
-            for weight in ("0", "0.2") if row.cone else ("0",):
-                table[f"{geometry}-{logit}" + f"-{weight}" * (weight != "0")] = ["--geometry", geometry, "--logit", logit, "--entailment_weight", weight]
+            flags = ["--geometry", geometry, "--logit", logit, "--entailment_weight"]
+            table[f"{geometry}-{logit}"] = [*flags, "0"]
+            if row.cone:
+                table[f"{geometry}-{logit}-0.2"] = [*flags, "0.2"]
     for geometry, row in GEOMETRIES.items():
-        table[f"{geometry}-{'no_' * row.final_ln}ln"] = ["--geometry", geometry, "--no-final_ln" if row.final_ln else "--final_ln"]
+        table[f"{geometry}-no_ln" if row.final_ln else f"{geometry}-ln"] = ["--geometry", geometry, "--no-final_ln" if row.final_ln else "--final_ln"]
     cones = ["--geometry", "euclidean", "--entailment_weight", "0.2", "--min_radius", "0.3"]
     return table | {"euclidean-squared-0.2-K0.3": cones, "euclidean-squared-0.2-K0.3to0.1": [*cones, "--final_min_radius", "0.1"]}
 
 
 def call(command, log):
-    """A program on one thread; its output goes to a file. A failure is told and does not stop the others."""
+    """A program on one thread -> whether it went well. Its output goes to a file; a failure is told and does not stop the others."""
     with open(log, "w") as file:
         code = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
                               env=os.environ | dict(OMP_NUM_THREADS="1")).returncode
     print(f"{log.parent.name}: {command[0]} " + (f"failed, see {log}" if code else "is done"), flush=True)
+    return code == 0
+
+
+def is_trained(folder):
+    """Told by the output of the last call; a run that was interrupted or failed left something else there."""
+    told = folder / "train.txt"
+    return told.exists() and re.search(r"ckpt.pt is (ready for|already complete)", told.read_text()) is not None
 
 
 def one(folder, flags, seed, samples):
-    """Train and evaluate one run, each unless it is done. Raises ValueError where the folder holds another study's."""
+    """Train and evaluate one run, each unless it is done."""
     folder.mkdir(parents=True, exist_ok=True)
-    told, result = folder / "train.txt", folder / "result.json"
-    if told.exists() and f"--samples {samples} " not in told.read_text():
-        raise ValueError(f"{folder} was trained with other --samples; choose another --out")
-    if not told.exists() or "is ready for evaluate.py" not in told.read_text():
-        call(["train.py", *flags, "--seed", seed, "--samples", samples, "--workers", 0, "--device", "cpu", "--out_dir", folder, "--resume"], told)
+    result = folder / "result.json"
+    if not is_trained(folder):
         result.unlink(missing_ok=True)
-    if (folder / "ckpt.pt").exists() and not result.exists():
+        call(["train.py", *flags, "--seed", seed, "--samples", samples, "--workers", 0, "--device", "cpu", "--out_dir", folder, "--resume"],
+             folder / "train.txt")
+    if is_trained(folder) and not result.exists():
         call(["evaluate.py", folder / "ckpt.pt", "--device", "cpu", "--json", result], folder / "evaluate.txt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # what came out
 
-COLUMNS = {   # title -> what it shows of one run's (result.json, last line of its log); shares become per cent
-    "top-1 %": lambda r, log: 100 * r["zero_shot"]["top1"],
-    "R@1 %": lambda r, log: 100 * r["retrieval"]["mean_r1"],
-    "loss": lambda r, log: log["contrastive"],
-    "radius of text": lambda r, log: r["hierarchy"]["text_radius"],
-    "of image": lambda r, log: r["hierarchy"]["image_radius"],
-    "general nearer the root %": lambda r, log: 100 * r["hierarchy"]["right_order"],
-    "picture in cone %": lambda r, log: 100 * r["hierarchy"]["own_in_cone"],
-    "another %": lambda r, log: 100 * r["hierarchy"]["other_in_cone"],
-    "captions on the way": lambda r, log: r["hierarchy"]["way"]["captions"],
-    "to general %": lambda r, log: 100 * r["hierarchy"]["way"]["to_general"],
-    "to specific %": lambda r, log: 100 * r["hierarchy"]["way"]["to_specific"],
-    "captions in cones": lambda r, log: r["hierarchy"]["way_in_cones"]["captions"],
-    "then to general %": lambda r, log: 100 * r["hierarchy"]["way_in_cones"]["to_general"],
+COLUMNS = {   # table -> {title: where it is in result.json, factor}
+    "accuracy": {"top-1 %": ("zero_shot.top1", 100), "R@1 %": ("retrieval.mean_r1", 100), "image to text": ("retrieval.i2t_r1", 100),
+                 "text to image": ("retrieval.t2i_r1", 100)},
+    "hierarchy": {"radius of text": ("hierarchy.text_radius", 1), "of image": ("hierarchy.image_radius", 1),
+                  "general nearer the root %": ("hierarchy.general_nearer", 100), "in its caption's cone %": ("hierarchy.own_in_cone", 100),
+                  "in another's %": ("hierarchy.other_in_cone", 100), "captions on the way": ("hierarchy.traversal.captions", 1),
+                  "to general %": ("hierarchy.traversal.to_general", 100), "to specific %": ("hierarchy.traversal.to_specific", 100),
+                  "with cones: captions": ("hierarchy.traversal_in_cones.captions", 1),
+                  "to general % ": ("hierarchy.traversal_in_cones.to_general", 100)},
 }
 
 
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def look_up(result, path):
+    """"a.b" in {"a": {"b": 1}} -> 1; None where a geometry does not have it."""
+    for key in path.split("."):
+        result = result and result[key]
+    return result
 
 
 def mean_and_spread(values):
     """Values of the seeds -> "mean ± standard deviation", over those where it is defined."""
-    defined = [v for v in values if v is not None]
-    if not defined:
+    values = [v for v in values if v is not None]
+    if not values:
         return ""
-    spread = f" ± {statistics.stdev(defined):.{digits(defined)}f}" if len(defined) > 1 else ""
-    return f"{statistics.mean(defined):.{digits(defined)}f}{spread}"
+    digits = 1 if max(map(abs, values)) >= 10 else 2
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def digits(values):
-    return 1 if max(map(abs, values)) >= 10 else 2
+def finished(out, name, seeds):
+    """-> the folders of the seeds that were trained and evaluated."""
+    return [folder for folder in (out / f"{name}-s{seed}" for seed in range(seeds)) if (folder / "result.json").exists()]
 
 
-def attempt(column, result, last):
-    try:
-        return column(result, last)
-    except TypeError:   # of null: a column that this geometry does not have
-        return None
-
-
-def table(out, seeds):
+def table(out, seeds, which):
     """-> a markdown table, one line for each kind of run."""
-    lines = ["| run | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
+    columns = COLUMNS[which]
+    lines = ["| run | " + " | ".join(map(str.strip, columns)) + " |", "|---" * (1 + len(columns)) + "|"]
     for name in runs():
-        folders = [f for f in (out / f"{name}-s{seed}" for seed in range(seeds)) if (f / "result.json").exists()]
-        found = [(json.loads((f / "result.json").read_text()), [r for r in log_of(f) if "loss" in r][-1]) for f in folders]
-        cells = [mean_and_spread([attempt(column, *run) for run in found]) for column in COLUMNS.values()]
-        lines.append(f"| {name}" + f" ({len(found)} of {seeds})" * (len(found) < seeds) + " | " + " | ".join(cells) + " |")
+        found = [json.loads((folder / "result.json").read_text()) for folder in finished(out, name, seeds)]
+        cells = [mean_and_spread([factor * v for r in found if (v := look_up(r, path)) is not None]) for path, factor in columns.values()]
+        some = "" if len(found) == seeds else f" ({len(found)} of {seeds} seeds)"
+        lines.append(f"| {name}{some} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def draw(out, seeds, samples):
+    """Pictures of what is finished."""
     def retrieval(names):
         groups = {}
         for name in names:
-            logs = [[r for r in log_of(f) if "val_mean_r1" in r] for f in (out / f"{name}-s{seed}" for seed in range(seeds))]
-            groups[name] = [r["step"] * 128 / 1000 for r in logs[0]], [[100 * r["val_mean_r1"] for r in log] for log in logs]
+            logs = [list(map(json.loads, (folder / "log.jsonl").read_text().splitlines())) for folder in finished(out, name, seeds)]
+            judged = [[r for r in log if "val_mean_r1" in r] for log in logs]
+            if judged:
+                groups[name] = ([r["step"] / judged[0][-1]["step"] * samples / 1000 for r in judged[0]],
+                                [[100 * r["val_mean_r1"] for r in log] for log in judged])
         return groups
+
+    def subject(name):
+        return next((figures.Subject(folder / "ckpt.pt") for folder in finished(out, name, seeds)), None)
+
     axes = dict(x_label="samples seen, thousands", y_label="held-out R@1, %")
-    first = {geometry: f"{geometry}-{next(iter(row.logits))}" for geometry, row in GEOMETRIES.items()}   # the default logits
-    with_cones = [f"{first[g]}-0.2" for g, row in GEOMETRIES.items() if row.cone]
-    figures.curves(retrieval([*first.values(), *with_cones]), out / "curves_geometries.png", "three geometries, without and with entailment loss", **axes)
-    figures.curves(retrieval([f"{g}-{logit}" for g, row in GEOMETRIES.items() for logit in row.logits]), out / "curves_logits.png", "all logits, lambda 0", **axes)
-    subject = lambda name: figures.Subject(out / f"{name}-s0" / "ckpt.pt")
-    figures.distances([[subject(first[g]) for g in GEOMETRIES], [subject(f"{first[g]}-0.2") if row.cone else None for g, row in GEOMETRIES.items()]],
-                      out / "distances.png")
+    default = {geometry: f"{geometry}-{next(iter(row.logits))}" for geometry, row in GEOMETRIES.items()}
+    with_cones = {geometry: f"{default[geometry]}-0.2" for geometry, row in GEOMETRIES.items() if row.cone}
+    for name, title, chosen in (
+            ("curves_geometries", "three geometries, without and with entailment loss", [*default.values(), *with_cones.values()]),
+            ("curves_logits", "all logits, without entailment loss", [f"{g}-{logit}" for g, row in GEOMETRIES.items() for logit in row.logits])):
+        if (groups := retrieval(chosen)):
+            figures.curves(groups, out / f"{name}.png", title, **axes)
+    figures.distances([[subject(default[g]) for g in GEOMETRIES], [subject(with_cones.get(g, "")) for g in GEOMETRIES]], out / "distances.png")
 
 
 def main():
@@ -138,15 +150,25 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
     args = parser.parse_args()
-    out = args.out.resolve()
-    with ThreadPoolExecutor(args.jobs) as pool:
+    out, settings = args.out.resolve(), args.out / "samples"
+    out.mkdir(parents=True, exist_ok=True)
+    if settings.exists() and settings.read_text() != str(args.samples):
+        sys.exit(f"{out} holds a study of --samples {settings.read_text()}; choose another --out")
+    settings.write_text(str(args.samples))
+
+    began, pool = time.monotonic(), ThreadPoolExecutor(args.jobs)
+    try:
         asked = [pool.submit(one, out / f"{name}-s{seed}", flags, seed, args.samples) for seed in range(args.seeds) for name, flags in runs().items()]
-    for run in asked:
-        run.result()   # or its error
-    (out / "table.md").write_text(table(out, args.seeds) + "\n")
-    print((out / "table.md").read_text())
-    seconds = [int(s) for f in out.glob("*/train.txt") for s in re.findall(r"steps in (\d+) s", f.read_text())]
-    print(f"{len(seconds)} trainings, {sum(seconds) / 3600:.1f} hours of one core, torch {torch.__version__}")
+        for run in asked:
+            run.result()
+    except KeyboardInterrupt:   # the runs got it as well, and save
+        sys.exit("interrupted; the same command goes on")
+    finally:
+        pool.shutdown(cancel_futures=True)
+    tables = "\n\n".join(f"{which}, mean ± standard deviation over {args.seeds} seeds, {args.samples:,} samples\n\n{table(out, args.seeds, which)}"
+                         for which in COLUMNS)
+    (out / "tables.md").write_text(tables + "\n")
+    print(f"{tables}\n\nthis call took {(time.monotonic() - began) / 3600:.2f} hours, {args.jobs} runs at once, torch {torch.__version__}")
     draw(out, args.seeds, args.samples)
 
 

@@ -1,6 +1,5 @@
 """evaluate.py: measures by hand, ties, folders and JSON files, the command."""
 
-import itertools
 import json
 import math
 import subprocess
@@ -185,18 +184,19 @@ def test_a_way_to_the_root_by_hand():
     assert [step for step, _ in way] == [0, next(i for i, r in enumerate(radii) if r < 1.25), next(i for i, r in enumerate(radii) if r < 0.25)]
 
 
-@pytest.mark.parametrize("geometry, cones", [("clip", False), *itertools.product(["euclidean", "hyperbolic"], [False, True])])
-def test_traversal_equals_brute_force(geometry, cones, monkeypatch):
+@pytest.mark.parametrize("geometry, logit, cones", [(g, logit, cones) for g, row in geo.GEOMETRIES.items() for logit in row.logits
+                                                    for cones in ((False, True) if row.cone else (False,))])
+def test_traversal_equals_brute_force(geometry, logit, cones, monkeypatch):
     monkeypatch.setattr(evaluate, "BLOCK", 3)
     torch.manual_seed(0)
     images, texts = geo.project(torch.randn(4, 3) * 3, geometry, torch.zeros(())), geo.project(torch.randn(10, 3), geometry, torch.zeros(()))
     root = torch.cat([images, texts]).mean(0) if geometry == "clip" else torch.zeros(3)
-    for image, way in zip(images, evaluate.traverse(World(geometry, min_radius=0.5), images, texts, cones)):
+    for image, way in zip(images, evaluate.traverse(World(geometry, logit, min_radius=0.5), images, texts, cones)):
         expected = []
         for step in range(50):
             point = image + step / 49 * (root - image)
             point = point / point.norm() if geometry == "clip" else point
-            all = [(geo.similarity(point[None], t[None] / (t.norm() if geometry == "clip" else 1), geometry).item(), i) for i, t in enumerate([*texts, root])]
+            all = [(geo.similarity(point[None], t[None] / (t.norm() if geometry == "clip" else 1), geometry, logit).item(), i) for i, t in enumerate([*texts, root])]
             if cones:
                 all = [(s, i) for s, i in all if i == 10 or geo.entailment_loss(texts[i:i + 1], point[None], geometry, 0.5).item() == 0]
             nearest = max(all)[1]
@@ -211,12 +211,12 @@ def test_hierarchy_by_hand():
     east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     texts = torch.stack([0.4 * (east + north), 2 * east, 3 * east, 0.5 * north, 3 * north])
     h = evaluate.hierarchy_metrics(World("euclidean", min_radius=0.1, entailment_weight=0.2), torch.stack([4 * east, 4 * north]), texts, [[0, 1, 2], [0, 3, 4]])
-    assert h["pairs"] == 6 and h["right_order"] == pytest.approx(5 / 6)
+    assert h["pairs"] == 6 and h["general_nearer"] == pytest.approx(5 / 6)
     assert h["own_in_cone"] == 1 and h["other_in_cone"] == 0
     # east: specific, middle, general, root; north: specific, middle, root, for the general one is never nearer than the middle one
-    assert h["way"] == dict(captions=2.5, to_general=1.0, to_specific=0.0)
+    assert h["traversal"] == dict(captions=2.5, to_general=1.0, to_specific=0.0)
     # the cone of the general caption, narrow at K = 0.1, opens between both rays and holds neither
-    assert h["way_in_cones"]["captions"] == 2
+    assert h["traversal_in_cones"]["captions"] == 2
 
 
 def test_levels_of_held_out_pictures_are_a_hierarchy_of_true_captions():
@@ -239,7 +239,7 @@ def test_traverse_and_query_on_the_command_line(tmp_path, capsys):
     run = lambda *flags: evaluate.run(evaluate.parse([str(path), "--json", str(tmp_path / "r.json"), *map(str, flags)]))
     run("--traverse", folder / "red.png", "--captions", tmp_path / "captions.txt", "--query", "a red circle", "--images", folder)
     first = json.loads((tmp_path / "r.json").read_text())
-    way, = first["traversal"]["ways"].values()
+    way, = first["traversal"]["retrieved"].values()
     assert way[-1][1] == "[ROOT]" and {caption for _, caption in way} <= {"a red thing", "a thing", "[ROOT]"}
     assert len(first["query"]["nearest"]) == first["query"]["pictures"] == 3 and first["zero_shot"] == dict.fromkeys(("top1", "top5", "classes"))
     model = evaluate.load_model(path)

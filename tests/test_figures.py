@@ -68,13 +68,23 @@ def test_the_studys_runs_are_every_cell():
 
 
 def test_the_studys_table_by_hand(tmp_path):
-    """Two seeds of one run: 50 and 52 % make 51.0 ± 1.4; a third that failed is told; what the sphere does not have stays empty."""
+    """Two seeds of one run: 50 and 52 % make 51.0 ± 1.4; a third that is missing is told; what the sphere does not have stays empty."""
     for seed, r1 in ((0, 0.50), (1, 0.52)):
         folder = tmp_path / f"clip-cosine-s{seed}"
         folder.mkdir()
         way = dict(captions=1.0, to_general=None, to_specific=None)
-        hierarchy = dict(text_radius=0.1, image_radius=0.2, right_order=0.5, own_in_cone=None, other_in_cone=None, way=way, way_in_cones=None)
-        (folder / "result.json").write_text(json.dumps(dict(zero_shot=dict(top1=1.0), retrieval=dict(mean_r1=r1), hierarchy=hierarchy)))
-        (folder / "log.jsonl").write_text('{"step": 1, "loss": 9, "contrastive": 9}\n{"step": 2, "loss": 3, "contrastive": 3}\n{"step": 2, "val_mean_r1": 0}\n')
-    row = next(line for line in study.table(tmp_path, 3).splitlines() if line.startswith("| clip-cosine"))
-    assert row == "| clip-cosine (2 of 3) | 100.0 ± 0.0 | 51.0 ± 1.4 | 3.00 ± 0.00 | 0.10 ± 0.00 | 0.20 ± 0.00 | 50.0 ± 0.0 |  |  | 1.00 ± 0.00 |  |  |  |  |"
+        hierarchy = dict(text_radius=0.1, image_radius=0.2, general_nearer=0.5, own_in_cone=None, other_in_cone=None, traversal=way, traversal_in_cones=None)
+        (folder / "result.json").write_text(json.dumps(dict(zero_shot=dict(top1=1.0), retrieval=dict(mean_r1=r1, i2t_r1=r1, t2i_r1=r1), hierarchy=hierarchy)))
+    row = lambda which: next(line for line in study.table(tmp_path, 3, which).splitlines() if line.startswith("| clip-cosine"))
+    assert row("accuracy") == "| clip-cosine (2 of 3 seeds) | 100.0 ± 0.0 | 51.0 ± 1.4 | 51.0 ± 1.4 | 51.0 ± 1.4 |"
+    assert row("hierarchy") == "| clip-cosine (2 of 3 seeds) | 0.10 ± 0.00 | 0.20 ± 0.00 | 50.0 ± 0.0 |  |  | 1.00 ± 0.00 |  |  |  |  |"
+
+
+def test_a_study_knows_what_is_done(tmp_path):
+    """Interrupted, failed, never begun: to be trained; complete, also on being asked again: not."""
+    told = tmp_path / "train.txt"
+    assert not study.is_trained(tmp_path)
+    for text, done in (("stopped by a signal after step 5; go on with --resume", False), ("Traceback ...", False),
+                       ("703 steps in 96 s; out/ckpt.pt is ready for evaluate.py", True), ("out/ckpt.pt is already complete: 703 steps", True)):
+        told.write_text(text)
+        assert study.is_trained(tmp_path) == done
