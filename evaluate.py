@@ -206,6 +206,7 @@ def held_out(model, source, pairs=None, **how):
     """The held-out data of a source -> {"zero_shot": ..., "retrieval": ...}; zero-shot for `shapes` only. `pairs`: the data, if read already."""
     items, captions = pairs or data.held_out_pairs(source)
     results = dict(zero_shot=None, retrieval=retrieval(model, items, captions, range(len(items)), **how))
+    results["retrieval"]["protocol"] += f", held out from {source}" if source == "shapes" else f", {source}"
     if source == "shapes":
         scenes = data.held_out_scenes()[:data.HELD_OUT]
         labels = [data.SHAPE_CLASSES.index(" ".join(data.KINDS[first][1:])) for first, _, _ in scenes]
@@ -464,6 +465,7 @@ def parse(argv=None):
     add("--retrieval", metavar="JSON", help="retrieval on a Karpathy JSON")
     add("--images", metavar="DIR", help="where its pictures lie; the folder that --query searches")
     add("--split", default="test")
+    add("--val_data", metavar="SOURCE", help="retrieval on a data source of data.py (default: what its training was judged by)")
     add("--traverse", metavar="IMG", nargs="+", help="the captions on the way from each picture to the root")
     add("--captions", metavar="FILE", help="to choose them from, one a line")
     add("--query", metavar="TEXT", help="the nearest pictures of --images")
@@ -499,6 +501,8 @@ def run(args):
     for name, needs in (("retrieval", "images"), ("query", "images"), ("traverse", "captions")):
         if getattr(args, name) and not getattr(args, needs):
             raise ValueError(f"--{name} needs --{needs}")
+    if args.retrieval and args.val_data:
+        raise ValueError("--retrieval and --val_data both say what to retrieve from; give one")
     foreign = {k: getattr(args, k) for k in ("geometry", "logit", "tokenizer", "quick_gelu", "vision_heads", "text_heads")}
     model = load_model(args.checkpoint, **foreign).to(pick_device(args.device))
     how = dict(batch_size=args.batch_size, workers=args.workers, dtype=torch.bfloat16 if args.dtype == "bfloat16" else None)
@@ -512,11 +516,11 @@ def run(args):
         results["traversal"] = traversal(model, args.traverse, args.captions, **how)
     if args.query:
         results["query"] = search(model, args.checkpoint, args.query, args.images, **how)
-    if not (args.classification or args.retrieval or args.traverse or args.query):
-        source = held_out_source(model.recipe)
+    if args.val_data or not (args.classification or args.retrieval or args.traverse or args.query):
+        source = args.val_data or held_out_source(model.recipe)
         if source is None:
-            raise ValueError(f"{args.checkpoint} names no held-out data of its own; give --retrieval JSON --images DIR or --classification DIR")
-        results = held_out(model, source, **how)
+            raise ValueError(f"{args.checkpoint} names no held-out data of its own; give --val_data, --retrieval JSON --images DIR or --classification DIR")
+        results |= {task: found for task, found in held_out(model, source, **how).items() if found}
         if source == "shapes":
             results["hierarchy"] = shapes_hierarchy(model, **how)
     print(f"pictures: shorter side to {model.config.image_size}, centre crop; similarities in float32, ties count against the model")

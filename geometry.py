@@ -11,7 +11,7 @@ The law of haversines then gives the distance d between x and y in every geometr
     euclidean    flat space            d^2         = (a - b)^2 + 4 a b hav
     hyperbolic   curvature -c          sinh^2(d/2) = sinh^2((a - b)/2) + sinh(a) sinh(b) hav
 
-(in the last row a, b and d are measured in units of 1/sqrt(c): multiply the radii by sqrt(c) first, divide the distance by it last).
+(in the hyperbolic row a, b and d are measured in units of 1/sqrt(c): multiply the radii by sqrt(c) first, divide the distance by it last).
 Read it aloud: *walk the difference in radius, then turn*. On the sphere all radii are 1 and only the turn is left. In the plane a turn
 costs a chord of length 2 sqrt(a b hav). In hyperbolic space circles are longer than 2 pi a, by sinh(a)/a, so the same turn costs more
 the further out it is taken. For small radii sinh(a) = a, and the third row becomes the second.
@@ -208,35 +208,36 @@ def hyperbolic_cone(text, image, min_radius, curv):
 # ---------------------------------------------------------------------------------------------------------------------------------
 # the table: adding a geometry means adding a row
 
+CLIP_SCALE = math.log(1 / 0.07)           # CLIP's start; the authors' for every logit that is not squared
+
+
 class Logit(NamedTuple):
-    similarity: Callable              # (x (N, D), y (M, D), curv) -> (N, M), larger = closer
-    scale: float                      # logit_scale at the start, in log space
-    scale_with_cones: float           # the same when an entailment loss is added
-    scale_for_shapes: float           # the same for runs of minutes on the built-in data: measured, not the paper's (README, "Numbers that bite")
+    similarity: Callable                  # (x (N, D), y (M, D), curv) -> (N, M), larger = closer
+    scale: float = CLIP_SCALE             # logit_scale at the start, in log space
+    scale_with_cones: Optional[float] = None   # the same when an entailment loss is added; None: as without
+    scale_for_shapes: Optional[float] = None   # the same for runs of minutes on the built-in data: measured, not the paper's (README, "Numbers that bite")
 
 
 class Scalar(NamedTuple):
-    start: Callable                   # embedding width D -> value at the start
-    low: float = -math.inf            # range kept by clamping in place after every step: a clamp in the forward pass would have no
-    high: float = math.inf            # gradient outside, so a value that got there would never come back
+    start: Callable                       # embedding width D -> value at the start
+    low: float = -math.inf                # range kept by clamping in place after every step: a clamp in the forward pass would have no
+    high: float = math.inf                # gradient outside, so a value that got there would never come back
 
 
 @dataclass(frozen=True)
 class Geometry:
-    project: Callable                 # (features (N, D), alpha) -> embeddings (N, D)
-    logits: dict                      # name -> Logit; the first is the default
-    final_ln: bool                    # LayerNorm at the end of both towers?
-    scalars: dict                     # learned scalars: `alpha_image` and `alpha_text` go to `project`, exp(`log_curv`) is `curv`
-    cone: Optional[Callable]          # (text, image, min_radius, curv) -> exterior angle, half-aperture (N, 1) each; None = no cones
-    root: Callable                    # embeddings (N, D) -> the root (D,)
-    radius: Callable                  # (x (N, D), root (D,)) -> distance from the root (N,)
-    retract: Callable                 # (..., D) -> (..., D): back onto the space after averaging or interpolating
-    root_is: str = "the origin"       # in words, for protocols and axes
+    project: Callable                     # (features (N, D), alpha) -> embeddings (N, D), points of the space; alpha: see scalars
+    logits: dict                          # name -> Logit; the first is the default
+    final_ln: bool                        # LayerNorm at the end of both towers? It fixes |features|, and so a radius that is free otherwise
+    scalars: dict                         # learned scalars, of three names: `alpha_image` and `alpha_text` go to `project` (else alpha is
+                                          # None), exp(`log_curv`) is `curv` (else 1)
+    cone: Optional[Callable]              # (text, image, min_radius, curv) -> exterior angle, half-aperture (N, 1) each; None = no cones
+    root: Callable                        # all embeddings (N, D) -> the root (D,), before `retract`
+    radius: Callable                      # (x (N, D), root (D,)) -> distance from the root (N,)
+    retract: Callable                     # (..., D) -> (..., D): back onto the space after averaging or interpolating
+    root_is: str = "the origin"           # in words, for protocols and axes
     radius_is: str = "distance from the root"
     average_is: str = "mean"
-
-
-CLIP_SCALE = math.log(1 / 0.07)       # CLIP's start; the authors' for every logit that is not squared
 
 
 def scaled_cosine_distance(x, root):
@@ -258,23 +259,23 @@ def as_it_is(x):
 GEOMETRIES = {
     "clip": Geometry(                                                          # the root is the mean of all embeddings
         project=normalize,
-        logits={"cosine": Logit(cosine_similarity, CLIP_SCALE, CLIP_SCALE, 3.4),
-                "arc": Logit(arc_similarity, CLIP_SCALE, CLIP_SCALE, 3.4)},
+        logits={"cosine": Logit(cosine_similarity, scale_for_shapes=3.4),
+                "arc": Logit(arc_similarity, scale_for_shapes=3.4)},
         final_ln=True, scalars={}, cone=None,
         root=lambda embeddings: embeddings.mean(0), radius=scaled_cosine_distance, retract=normalize,
-        root_is="the mean of these embeddings", radius_is="scaled cosine distance from the root", average_is="normalised mean"),
+        root_is="the mean of all text and image embeddings", radius_is="scaled cosine distance from the root", average_is="normalised mean"),
     "euclidean": Geometry(
         project=divide_by_sqrt_width,
         logits={"squared": Logit(euclidean_squared_similarity, 0.0, -1.0, 2.0),     # EuCLIP
-                "distance": Logit(euclidean_distance_similarity, CLIP_SCALE, CLIP_SCALE, 3.0),
-                "inner": Logit(inner_similarity, CLIP_SCALE, CLIP_SCALE, 3.0)},
+                "distance": Logit(euclidean_distance_similarity, scale_for_shapes=3.0),
+                "inner": Logit(inner_similarity, scale_for_shapes=3.0)},
         final_ln=False, scalars={}, cone=euclidean_cone,
         root=origin, radius=length, retract=as_it_is),
     "hyperbolic": Geometry(
         project=times_exp_alpha,
-        logits={"distance": Logit(hyperbolic_distance_similarity, CLIP_SCALE, CLIP_SCALE, 3.0),   # MERU
+        logits={"distance": Logit(hyperbolic_distance_similarity, scale_for_shapes=3.0),   # MERU
                 "squared": Logit(hyperbolic_squared_similarity, 0.0, -1.0, 2.0),
-                "inner": Logit(hyperbolic_inner_similarity, CLIP_SCALE, CLIP_SCALE, 3.0)},
+                "inner": Logit(hyperbolic_inner_similarity, scale_for_shapes=3.0)},
         final_ln=True, cone=hyperbolic_cone,
         scalars={"alpha_image": Scalar(lambda D: -math.log(D) / 2), "alpha_text": Scalar(lambda D: -math.log(D) / 2),
                  "log_curv": Scalar(lambda D: 0.0, math.log(0.1), math.log(10.0))},
@@ -293,9 +294,13 @@ def find(geometry, logit=None):
     return row, logit
 
 
+def with_cones():
+    return " or ".join(name for name, row in GEOMETRIES.items() if row.cone)
+
+
 def given_or_origin(row, x, root):
     if root is None and row.root is not origin:
-        raise ValueError("the sphere has no root of its own; pass root=the mean of all text and image embeddings")
+        raise ValueError(f"this geometry has no root of its own; pass root={row.root_is}")
     return row.root(x) if root is None else root
 
 
@@ -336,7 +341,7 @@ def entailment_loss(text, image, geometry, min_radius=0.1, curv=1.0):
     """
     row, _ = find(geometry)
     if row.cone is None:
-        raise ValueError(f"the entailment loss needs cones and geometry {geometry!r} has none; use euclidean or hyperbolic")
+        raise ValueError(f"the entailment loss needs cones and geometry {geometry!r} has none; use {with_cones()}")
     exterior, aperture = row.cone(text, image, min_radius, curv)
     return torch.relu(exterior - aperture).squeeze(-1)
 

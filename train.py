@@ -42,7 +42,7 @@ def flag(default, help):
 @dataclass
 class TrainConfig:
     """The flags. Defaults are the quick start's; README has the paper's setting."""
-    geometry: str = flag("euclidean", "clip, euclidean (EuCLIP) or hyperbolic (MERU)")
+    geometry: str = flag("euclidean", f"{', '.join(geo.GEOMETRIES)}; euclidean is EuCLIP, hyperbolic MERU")
     logit: Optional[str] = flag(None, "default: the geometry's first; see geometry.GEOMETRIES")
     entailment_weight: float = flag(0.0, "lambda, the weight of the entailment loss")
     min_radius: float = flag(0.1, "K: within this distance of the root cones are half-spaces")
@@ -92,7 +92,7 @@ def check(c):
     """Refuse at the door what cannot work, fill in what follows from the rest -> number of steps. Raises ValueError."""
     row, c.logit = geo.find(c.geometry, c.logit)
     if c.entailment_weight > 0 and row.cone is None:
-        raise ValueError(f"--entailment_weight needs cones; the {c.geometry} sphere has none. Use --geometry euclidean or hyperbolic.")
+        raise ValueError(f"--entailment_weight needs cones; {c.geometry} has none. Use --geometry {geo.with_cones()}.")
     if not c.init_from and c.model not in PRESETS:
         raise ValueError(f"no model {c.model!r}; choose one of {', '.join(PRESETS)}")
     for f in fields(c):
@@ -366,9 +366,10 @@ def build_model(c, given):
         return model.train()
     tokenizer = c.tokenizer or ("bytes" if c.model == "tiny" else "clip")
     logit = geo.GEOMETRIES[c.geometry].logits[c.logit]
-    start = logit.scale_for_shapes if c.data == "shapes" else logit.scale_with_cones if c.entailment_weight > 0 else logit.scale
+    starts = (c.init_logit_scale, logit.scale_for_shapes if c.data == "shapes" else None,
+              logit.scale_with_cones if c.entailment_weight > 0 else None, logit.scale)   # the first that is given counts
     return CLIP(Config(**PRESETS[c.model], vocab_size=find_tokenizer(tokenizer)[1], tokenizer=tokenizer, geometry=c.geometry, logit=c.logit,
-                       final_ln=c.final_ln, init_logit_scale=start if c.init_logit_scale is None else c.init_logit_scale,
+                       final_ln=c.final_ln, init_logit_scale=next(s for s in starts if s is not None),
                        max_logit_scale=c.max_logit_scale, quick_gelu=bool(c.quick_gelu)))
 
 

@@ -70,6 +70,9 @@ def textbook(geometry, logit, x, y, curv):
         squared = (x.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * inner).clamp_min(1e-12)
         return -squared if logit == "squared" else -squared.sqrt()
 
+    if geometry != "hyperbolic":
+        raise ValueError(f"no textbook formula for {geometry}; add it here")
+
     def lift(v):
         r = curv**0.5 * v.norm(dim=1, keepdim=True)
         space = torch.sinh(r) * v / r.clamp_min(1e-8)
@@ -122,7 +125,7 @@ def bench_loss(N=2048, D=512):
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     for name, geometry in GEOMETRIES.items():
-        project = geometry.project if name == "clip" else lambda v: v
+        project = geometry.retract
         for logit in geometry.logits:
             def ours(a, b, c):
                 logits = 10 * similarity(project(a), project(b), name, logit, c)

@@ -263,8 +263,13 @@ def test_traverse_and_query_on_the_command_line(tmp_path, capsys):
         assert len(read) == 4
     finally:
         data.load_image = original
+    for path_of_picture in folder.glob("*.png"):
+        path_of_picture.with_suffix(".txt").write_text(f"a {path_of_picture.stem} picture")
+    capsys.readouterr()
+    run("--val_data", folder)
+    assert json.loads((tmp_path / "r.json").read_text())["retrieval"]["captions"] == 3 and str(folder) in capsys.readouterr().out
     (tmp_path / "none").mkdir()
-    for flags, message in ((["--query", "x"], "--query needs --images"), (["--traverse", "x.png"], "--traverse needs --captions"),
+    for flags, message in ((["--retrieval", "x", "--images", "x", "--val_data", "x"], "give one"), (["--query", "x"], "--query needs --images"), (["--traverse", "x.png"], "--traverse needs --captions"),
                            (["--captions", "x"], "nothing without --traverse"), (["--query", "x", "--images", tmp_path / "none"], "no pictures in"),
                            (["--query", "x", "--images", tmp_path / "absent"], "no folder")):
         with pytest.raises(ValueError, match=message):

@@ -64,7 +64,7 @@ def test_the_studys_runs_are_every_cell():
     runs = study.runs()
     cells = {tuple(flags[1:6:2]) for flags in runs.values() if len(flags) == 6 and flags[2] == "--logit"}
     assert cells == {(g, logit, w) for g, row in geo.GEOMETRIES.items() for logit in row.logits for w in (("0", "0.2") if row.cone else ("0",))}
-    assert len(runs) == len(cells) + 3 + 2
+    assert len(runs) == len(cells) + len(geo.GEOMETRIES) + 2
 
 
 def test_the_studys_table_by_hand(tmp_path):
