@@ -32,6 +32,7 @@ import geometry as geo
 from model import load_model, read_checkpoint
 
 BLOCK = 1024   # rows of a similarity matrix that exist at once
+CONES = 64     # of these, whose pairs need D numbers each
 STEPS = 50     # from a picture to the root, as in MERU
 
 
@@ -241,8 +242,8 @@ def traverse(model, images, texts, cones):
     root = model.row.root(torch.cat([images, texts]))
     for path in geo.path_to_root(images, STEPS, geometry, root).unbind(1):            # (S, D)
         near = model.similarity(path, texts)                                          # (S, M)
-        for start in range(0, len(texts) if cones else 0, BLOCK):   # a block of texts at a time: each needs (S, block, D)
-            some = texts[start:start + BLOCK]
+        for start in range(0, len(texts) if cones else 0, CONES):   # a block of texts at a time: each needs (S, block, D)
+            some = texts[start:start + CONES]
             outside = geo.entailment_loss(some, path[:, None], geometry, K, model.curvature())
             near[:, start:start + len(some)].masked_fill_(outside > 0, -math.inf)
         best, nearest = near.max(1)
@@ -288,8 +289,8 @@ def hierarchy_metrics(model, images, texts, chains):
     text_radius, image_radius   mean distance from the root of the most specific captions, of the pictures
     general_nearer, pairs       share of the distinct (general, specific) pairs in which the general one is nearer the root (chance: half);
                                 how many there are
-    own_in_cone, other_in_cone  share of the most specific captions whose cone holds their picture, the picture half the set away; None
-                                without cones
+    own_in_cone, other_in_cone  share of all those captions whose cone holds their picture, the picture half the set away (captions of both
+                                pictures left out); None without cones
     traversal, traversal_in_cones   of `traverse` without and with cones (None where the model was not trained with them): captions (mean
                                 number of distinct ones), to_general, to_specific (shares of the changes from caption to caption that
                                 lead up, down the levels; the others stay on one; None where nothing changes)
@@ -302,8 +303,11 @@ def hierarchy_metrics(model, images, texts, chains):
                general_nearer=share([bool(radius[general] < radius[specific]) for general, specific in pairs]), pairs=len(pairs),
                own_in_cone=None, other_in_cone=None, traversal_in_cones=None)
     if model.row.cone:
-        for name, shown in ("own_in_cone", images), ("other_in_cone", images.roll(len(images) // 2, 0)):
-            out[name] = share((geo.entailment_loss(texts[own], shown, geometry, K, model.curvature()) == 0).tolist())
+        half = len(images) // 2
+        inside = lambda shown: (geo.entailment_loss(texts[torch.tensor(chains)], shown[:, None], geometry, K, model.curvature()) == 0).tolist()   # (N, L)
+        out["own_in_cone"] = share([hit for row in inside(images) for hit in row])
+        out["other_in_cone"] = share([hit for row, chain, other in zip(inside(images.roll(-half, 0)), chains, chains[half:] + chains[:half])
+                                      for hit, text in zip(row, chain) if text not in other])
     level = {text: depth for chain in chains for depth, text in enumerate(chain)}
     out["traversal"] = retrieved_figures(traverse(model, images, texts, cones=False), level)
     if uses_cones(model):

@@ -71,22 +71,33 @@ def one(folder, flags, seed, samples):
 # ---------------------------------------------------------------------------------------------------------------------------------
 # what came out
 
-COLUMNS = {   # table -> {title: where it is in result.json, factor}
-    "accuracy": {"top-1 %": ("zero_shot.top1", 100), "R@1 %": ("retrieval.mean_r1", 100), "image to text": ("retrieval.i2t_r1", 100),
-                 "text to image": ("retrieval.t2i_r1", 100)},
-    "hierarchy": {"radius of text": ("hierarchy.text_radius", 1), "of image": ("hierarchy.image_radius", 1),
-                  "general nearer the root %": ("hierarchy.general_nearer", 100), "in its caption's cone %": ("hierarchy.own_in_cone", 100),
-                  "in another's %": ("hierarchy.other_in_cone", 100), "captions on the way": ("hierarchy.traversal.captions", 1),
-                  "to general %": ("hierarchy.traversal.to_general", 100), "to specific %": ("hierarchy.traversal.to_specific", 100),
-                  "with cones: captions": ("hierarchy.traversal_in_cones.captions", 1),
-                  "to general % ": ("hierarchy.traversal_in_cones.to_general", 100)},
+COLUMNS = {   # table -> {title: (where it is in result.json or, as `log`, in the last line of the training's log; factor)}
+    "accuracy and radius": {
+        "top-1 %": ("zero_shot.top1", 100), "R@1 %": ("retrieval.mean_r1", 100), "radius of text, training": ("log.text_radius", 1),
+        "of image": ("log.image_radius", 1), "radius of text, held out": ("hierarchy.text_radius", 1), "of image ": ("hierarchy.image_radius", 1),
+        "general nearer the root %": ("hierarchy.general_nearer", 100)},
+    "cones and ways to the root": {
+        "in its caption's cone %, training": ("log.inside", 100), "in its captions' cones %, held out": ("hierarchy.own_in_cone", 100),
+        "in others' %": ("hierarchy.other_in_cone", 100), "captions on the way": ("hierarchy.traversal.captions", 1),
+        "to general %": ("hierarchy.traversal.to_general", 100), "to specific %": ("hierarchy.traversal.to_specific", 100),
+        "captions with cones": ("hierarchy.traversal_in_cones.captions", 1), "to general % ": ("hierarchy.traversal_in_cones.to_general", 100),
+        "to specific % ": ("hierarchy.traversal_in_cones.to_specific", 100)},
 }
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def everything(folder):
+    """-> result.json, and as `log` the last report of the training."""
+    return json.loads((folder / "result.json").read_text()) | dict(log=[r for r in log_of(folder) if "loss" in r][-1])
 
 
 def look_up(result, path):
     """"a.b" in {"a": {"b": 1}} -> 1; None where a geometry does not have it."""
     for key in path.split("."):
-        result = result and result[key]
+        result = result and result.get(key)
     return result
 
 
@@ -110,7 +121,7 @@ def table(out, seeds, which):
     columns = COLUMNS[which]
     lines = ["| run | " + " | ".join(map(str.strip, columns)) + " |", "|---" * (1 + len(columns)) + "|"]
     for name in runs():
-        found = [json.loads((folder / "result.json").read_text()) for folder in finished(out, name, seeds)]
+        found = [everything(folder) for folder in finished(out, name, seeds)]
         cells = [mean_and_spread([factor * v for r in found if (v := look_up(r, path)) is not None]) for path, factor in columns.values()]
         some = "" if len(found) == seeds else f" ({len(found)} of {seeds} seeds)"
         lines.append(f"| {name}{some} | " + " | ".join(cells) + " |")
@@ -122,8 +133,7 @@ def draw(out, seeds, samples):
     def retrieval(names):
         groups = {}
         for name in names:
-            logs = [list(map(json.loads, (folder / "log.jsonl").read_text().splitlines())) for folder in finished(out, name, seeds)]
-            judged = [[r for r in log if "val_mean_r1" in r] for log in logs]
+            judged = [[r for r in log_of(folder) if "val_mean_r1" in r] for folder in finished(out, name, seeds)]
             if judged:
                 groups[name] = ([r["step"] / judged[0][-1]["step"] * samples / 1000 for r in judged[0]],
                                 [[100 * r["val_mean_r1"] for r in log] for log in judged])

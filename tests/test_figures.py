@@ -74,10 +74,14 @@ def test_the_studys_table_by_hand(tmp_path):
         folder.mkdir()
         way = dict(captions=1.0, to_general=None, to_specific=None)
         hierarchy = dict(text_radius=0.1, image_radius=0.2, general_nearer=0.5, own_in_cone=None, other_in_cone=None, traversal=way, traversal_in_cones=None)
-        (folder / "result.json").write_text(json.dumps(dict(zero_shot=dict(top1=1.0), retrieval=dict(mean_r1=r1, i2t_r1=r1, t2i_r1=r1), hierarchy=hierarchy)))
+        (folder / "result.json").write_text(json.dumps(dict(zero_shot=dict(top1=1.0), retrieval=dict(mean_r1=r1), hierarchy=hierarchy)))
+        (folder / "log.jsonl").write_text('{"step": 1, "loss": 9, "text_radius": 9, "image_radius": 9}\n'
+                                          '{"step": 2, "loss": 3, "text_radius": 1, "image_radius": 2}\n{"step": 2, "val_mean_r1": 0}\n')
     row = lambda which: next(line for line in study.table(tmp_path, 3, which).splitlines() if line.startswith("| clip-cosine"))
-    assert row("accuracy") == "| clip-cosine (2 of 3 seeds) | 100.0 ± 0.0 | 51.0 ± 1.4 | 51.0 ± 1.4 | 51.0 ± 1.4 |"
-    assert row("hierarchy") == "| clip-cosine (2 of 3 seeds) | 0.10 ± 0.00 | 0.20 ± 0.00 | 50.0 ± 0.0 |  |  | 1.00 ± 0.00 |  |  |  |  |"
+    told = "| clip-cosine (2 of 3 seeds) | "
+    accuracy, cones = study.COLUMNS
+    assert row(accuracy) == told + "100.0 ± 0.0 | 51.0 ± 1.4 | 1.00 ± 0.00 | 2.00 ± 0.00 | 0.10 ± 0.00 | 0.20 ± 0.00 | 50.0 ± 0.0 |"
+    assert row(cones) == told + " |  |  | 1.00 ± 0.00 |  |  |  |  |  |"
 
 
 def test_a_study_knows_what_is_done(tmp_path):
