@@ -122,9 +122,6 @@ class Panel:
     def curve(self, xs, ys, colour, width=2, dash=None):
         self.sheet.line([self.at(x, y) for x, y in zip(xs, ys)], colour, width, dash)
 
-    def band(self, xs, lows, highs, colour):
-        self.sheet.polygon([self.at(x, y) for x, y in [*zip(xs, highs), *zip(reversed(xs), reversed(lows))]], mixed(colour, 0.2))
-
     def bar(self, x0, x1, top, colour):
         if top > self.y[0]:
             self.sheet.rectangle(*self.at(x0, top), *self.at(x1, self.y[0]), colour)
@@ -238,7 +235,7 @@ def cones(path, K=0.25):
     apexes = [(K, K), (0.75, 0.3), (1.1, -0.55)]
     grid = (np.arange(2 * side) - side + 0.5) / side
     flat = np.stack(np.meshgrid(grid, -grid), -1)                        # (2 side, 2 side, 2), in [-1, 1]
-    for geometry, reach, top, where in (("euclidean", 1.6, 44, "x and y from -1.6 to 1.6"), ("hyperbolic", 1.0, 354, "Poincaré disc, c = 1")):
+    for geometry, reach, top, where in (("euclidean", 1.6, 44, "x and y from -1.6 to 1.6"), ("hyperbolic", 1.0, 354, "Poincare disc, c = 1")):
         points = flat * reach if geometry == "euclidean" else from_disc(flat)
         for column, apex in enumerate(apexes):
             left = 20 + column * (side + 20)
@@ -308,7 +305,7 @@ def distances_panel(sheet, subject, left, top, width, height):
     high = 1.15 * float(max(text.max(), image.max()))
     edges = np.linspace(0, high, 61)
     top_share = max((np.histogram(v, edges)[0] / len(v)).max() for v in (text, image))
-    panel = Panel(sheet, left, top, width, height, (0, high), (0, 1.1 * top_share), subject.name, subject.model.row.radius_is,
+    panel = Panel(sheet, left, top, width, height, (0, high), (0, 1.45 * top_share), subject.name, subject.model.row.radius_is,
                   "share of n per bin")
     for values, colour in ((text, TEXT), (image, IMAGE)):
         histogram(panel, values, colour, edges)
@@ -449,17 +446,18 @@ def query(model, checkpoint, words, folder, path):
 # a study: curves of several runs each
 
 def curves(groups, path, title, x_label, y_label):
-    """groups: name -> (xs, [ys of each seed]) -> a line for the mean, a band from the lowest to the highest seed."""
+    """groups: name -> (xs, [ys of each seed]) -> a line through the means, whiskers from the lowest to the highest seed, side by side."""
     sheet = Sheet(760, 380)
-    every = [y for _, seeds in groups.values() for ys in seeds for y in ys]
+    most = max(y for _, seeds in groups.values() for ys in seeds for y in ys)
     high = max(x for xs, _ in groups.values() for x in xs)
-    panel = Panel(sheet, 70, 40, 460, 280, (0, high), (0, 1.05 * max(every)), title, x_label, y_label)
+    panel = Panel(sheet, 70, 40, 460, 280, (0, 1.04 * high), (0, 1.05 * most), title, x_label, y_label)
     for n, (name, (xs, seeds)) in enumerate(groups.items()):
-        ys = np.array(seeds)
-        panel.band(list(xs), ys.min(0).tolist(), ys.max(0).tolist(), LINES[n % len(LINES)])
-    for n, (name, (xs, seeds)) in enumerate(groups.items()):
-        panel.curve(xs, np.mean(seeds, 0), LINES[n % len(LINES)])
+        colour, aside = LINES[n % len(LINES)], (n - (len(groups) - 1) / 2) * 0.008 * high
+        for x, ys in zip(xs, zip(*seeds)):
+            panel.curve((x + aside, x + aside), (min(ys), max(ys)), mixed(colour, 0.6), 1.5)
+        panel.curve([x + aside for x in xs], np.mean(seeds, 0), colour)
     sheet.legend(550, 44, [(LINES[n % len(LINES)], f"{name}, n = {len(seeds)}") for n, (name, (_, seeds)) in enumerate(groups.items())])
+    sheet.text(550, 52 + 16 * len(groups), "whiskers: lowest to highest seed", 11, FAINT)
     sheet.save(path)
 
 
