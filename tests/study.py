@@ -71,9 +71,10 @@ def one(folder, flags, seed, samples):
 # ---------------------------------------------------------------------------------------------------------------------------------
 # what came out
 
-COLUMNS = {   # table -> {title: (where it is in result.json or, as `log`, in the last line of the training's log; factor)}
+REFERENCE = "clip-cosine"   # seeds differ more than geometries, and in the same way for all: runs are compared seed by seed
+COLUMNS = {   # table -> {title: (where `everything` has it, factor)}
     "accuracy and radius": {
-        "top-1 %": ("zero_shot.top1", 100), "R@1 %": ("retrieval.mean_r1", 100), "radius of text, training": ("log.text_radius", 1),
+        "top-1 %": ("zero_shot.top1", 100), "R@1 %": ("retrieval.mean_r1", 100), f"R@1 minus {REFERENCE}'s": ("ahead", 100), "radius of text, training": ("log.text_radius", 1),
         "of image": ("log.image_radius", 1), "radius of text, held out": ("hierarchy.text_radius", 1), "of image ": ("hierarchy.image_radius", 1),
         "general nearer the root %": ("hierarchy.general_nearer", 100)},
     "cones and ways to the root": {
@@ -90,8 +91,11 @@ def log_of(folder):
 
 
 def everything(folder):
-    """-> result.json, and as `log` the last report of the training."""
-    return json.loads((folder / "result.json").read_text()) | dict(log=[r for r in log_of(folder) if "loss" in r][-1])
+    """-> result.json; as `log` the last report of the training; as `ahead` the difference in R@1 to the reference of the same seed."""
+    result = json.loads((folder / "result.json").read_text())
+    reference = folder.with_name(f"{REFERENCE}-s{folder.name.rsplit('-s', 1)[1]}") / "result.json"
+    ahead = result["retrieval"]["mean_r1"] - json.loads(reference.read_text())["retrieval"]["mean_r1"] if reference.exists() else None
+    return result | dict(log=[r for r in log_of(folder) if "loss" in r][-1], ahead=ahead)
 
 
 def look_up(result, path):

@@ -69,8 +69,8 @@ def test_the_studys_runs_are_every_cell():
 
 def test_the_studys_table_by_hand(tmp_path):
     """Two seeds of one run: 50 and 52 % make 51.0 ± 1.4; a third that is missing is told; what the sphere does not have stays empty."""
-    for seed, r1 in ((0, 0.50), (1, 0.52)):
-        folder = tmp_path / f"clip-cosine-s{seed}"
+    for seed, r1, name in ((0, 0.50, "clip-cosine"), (1, 0.52, "clip-cosine"), (0, 0.53, "clip-arc"), (1, 0.57, "clip-arc")):
+        folder = tmp_path / f"{name}-s{seed}"
         folder.mkdir()
         way = dict(captions=1.0, to_general=None, to_specific=None)
         hierarchy = dict(text_radius=0.1, image_radius=0.2, general_nearer=0.5, own_in_cone=None, other_in_cone=None, traversal=way, traversal_in_cones=None)
@@ -80,7 +80,9 @@ def test_the_studys_table_by_hand(tmp_path):
     row = lambda which: next(line for line in study.table(tmp_path, 3, which).splitlines() if line.startswith("| clip-cosine"))
     told = "| clip-cosine (2 of 3 seeds) | "
     accuracy, cones = study.COLUMNS
-    assert row(accuracy) == told + "100.0 ± 0.0 | 51.0 ± 1.4 | 1.00 ± 0.00 | 2.00 ± 0.00 | 0.10 ± 0.00 | 0.20 ± 0.00 | 50.0 ± 0.0 |"
+    assert row(accuracy) == told + "100.0 ± 0.0 | 51.0 ± 1.4 | 0.00 ± 0.00 | 1.00 ± 0.00 | 2.00 ± 0.00 | 0.10 ± 0.00 | 0.20 ± 0.00 | 50.0 ± 0.0 |"
+    arc = next(line for line in study.table(tmp_path, 3, accuracy).splitlines() if line.startswith("| clip-arc"))
+    assert "| 55.0 ± 2.8 | 4.00 ± 1.41 |" in arc   # 3 and 5, seed by seed
     assert row(cones) == told + " |  |  | 1.00 ± 0.00 |  |  |  |  |  |"
 
 
