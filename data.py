@@ -216,7 +216,7 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": 
 KINDS = [(s, c, k) for s in SIZES for c in COLOURS for k in POLYGONS]   # 96 objects
 SHAPE_CLASSES = [f"{c} {k}" for c in COLOURS for k in POLYGONS]   # 48
 SHAPE_TEMPLATES = ["a {}", "a small {}", "a large {}"]
-LEVELS = ["a shape", "something red", "a red circle", "a small red circle", "a small red circle left of a large blue square"]   # by example
+LEVELS = ["a shape", "something red / a circle", "a red circle", "a small red circle", "a small red circle left of a large blue square"]   # by example
 HELD_OUT = 480   # pictures of one object (ten of each class), and as many of two
 
 

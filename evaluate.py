@@ -274,10 +274,10 @@ def share(hits):
 
 
 def retrieved_figures(found, level):
-    """What `traverse` found, the level of each text (0 = the most general) -> dict: captions, to_general, to_specific."""
+    """What `traverse` found, the level of each text (0 = the most general) -> dict: see `hierarchy_metrics`."""
     paths = [[level[text] for _, text in path if text in level] for path in found]   # without the root
     changes = [b - a for path in paths for a, b in zip(path, path[1:])]
-    return dict(captions=sum(map(len, paths)) / len(paths), to_general=share([c < 0 for c in changes]), to_specific=share([c > 0 for c in changes]))
+    return dict(captions=sum(map(len, paths)) / len(paths), changes=len(changes), to_general=share([c < 0 for c in changes]), to_specific=share([c > 0 for c in changes]))
 
 
 @torch.no_grad()
@@ -289,11 +289,11 @@ def hierarchy_metrics(model, images, texts, chains):
     text_radius, image_radius   mean distance from the root of the most specific captions, of the pictures
     general_nearer, pairs       share of the distinct (general, specific) pairs in which the general one is nearer the root (chance: half);
                                 how many there are
-    own_in_cone, other_in_cone  share of all those captions whose cone holds their picture, the picture half the set away (captions of both
-                                pictures left out); None without cones
+    own_in_cone, other_in_cone  share of all those captions whose cone holds their picture, the picture half the set away (captions that both
+                                pictures share are left out there); None without cones
     traversal, traversal_in_cones   of `traverse` without and with cones (None where the model was not trained with them): captions (mean
-                                number of distinct ones), to_general, to_specific (shares of the changes from caption to caption that
-                                lead up, down the levels; the others stay on one; None where nothing changes)
+                                number of distinct ones), changes from caption to caption, to_general, to_specific (shares of these that
+                                lead up, down the levels; the rest stay on one; None where nothing changes)
     """
     geometry, K = model.config.geometry, last_min_radius(model.recipe)
     root, own = model.row.root(torch.cat([images, texts])), [chain[-1] for chain in chains]
@@ -448,7 +448,7 @@ def table(results):
                   f"  caption's cone holds its picture %{percent(h['own_in_cone'])}   another picture {percent(h['other_in_cone'])}"]
         for name, among in (("traversal", "all"), ("traversal_in_cones", "those whose cone holds the point")):
             if (t := h[name]):
-                lines.append(f"  on the way, nearest of {among}: {t['captions']:.1f} captions; changes to a more general one "
+                lines.append(f"  on the way, nearest of {among}: {t['captions']:.1f} captions; of {t['changes']:,} changes to a more general one "
                              f"{percent(t['to_general']).strip()} %, to a more specific one {percent(t['to_specific']).strip()} %")
     if (t := results.get("traversal")):
         lines.append(f"traversal: {t['protocol']}")
@@ -505,8 +505,8 @@ def run(args):
     for name, needs in (("retrieval", "images"), ("query", "images"), ("traverse", "captions")):
         if getattr(args, name) and not getattr(args, needs):
             raise ValueError(f"--{name} needs --{needs}")
-    if args.retrieval and args.val_data:
-        raise ValueError("--retrieval and --val_data both say what to retrieve from; give one")
+    if args.val_data and (args.retrieval or args.classification):
+        raise ValueError("--val_data is an evaluation of its own; leave --retrieval and --classification out")
     foreign = {k: getattr(args, k) for k in ("geometry", "logit", "tokenizer", "quick_gelu", "vision_heads", "text_heads")}
     model = load_model(args.checkpoint, **foreign).to(pick_device(args.device))
     how = dict(batch_size=args.batch_size, workers=args.workers, dtype=torch.bfloat16 if args.dtype == "bfloat16" else None)

@@ -219,7 +219,7 @@ def three_geometries(path):
         for end in (points[0], points[-1]):
             sheet.line([(cx, cy), end], FAINT, 1, dash=3)
         sheet.line(points, INK, 3)
-        sheet.circle(cx, cy, 3, FAINT)
+        sheet.circle(cx, cy, 3, FAINT)   # the root; in the sphere its centre
         for end, colour, name in ((points[0], IMAGE, "image"), (points[-1], TEXT, "text")):
             sheet.circle(*end, 6, colour, PAPER)
             sheet.text(end[0] + 10, end[1] - 8, name, 12, colour, "lm")
@@ -235,7 +235,7 @@ def cones(path, K=0.25):
     apexes = [(K, K), (0.75, 0.3), (1.1, -0.55)]
     grid = (np.arange(2 * side) - side + 0.5) / side
     flat = np.stack(np.meshgrid(grid, -grid), -1)                        # (2 side, 2 side, 2), in [-1, 1]
-    for geometry, reach, top, where in (("euclidean", 1.6, 44, "x and y from -1.6 to 1.6"), ("hyperbolic", 1.0, 354, "Poincare disc, c = 1")):
+    for geometry, reach, top, where in (("euclidean", 1.6, 44, "x and y from -1.6 to 1.6"), ("hyperbolic", 1.0, 354, "tangent vectors at the root, shown in the Poincare disc, c = 1")):
         points = flat * reach if geometry == "euclidean" else from_disc(flat)
         for column, apex in enumerate(apexes):
             left = 20 + column * (side + 20)
@@ -263,7 +263,7 @@ def cones(path, K=0.25):
         sheet.text(804, 440 - 200 * value / math.pi, words, 11, FAINT, "lm")
     sheet.text(800, 222, "loss (rad)", 11, FAINT, "mm")
     sheet.legend(20, 618, [(mixed(IMAGE, 0.3), "images that the text entails: inside its cone, loss 0")])
-    sheet.text(330, 620, "black: the root; orange: the text, apex of its cone; circle: nearer the root cones are half-spaces", 11, FAINT)
+    sheet.text(330, 618, "black: the root; orange: the text, apex of its cone; circle: nearer the root cones are half-spaces", 11, FAINT)
     sheet.save(path)
 
 
@@ -318,8 +318,11 @@ def distances(subjects, path):
     sheet = Sheet(20 + (width + 65) * len(subjects[0]) + 5, 20 + (height + 80) * len(subjects))
     for row, line in enumerate(subjects):
         for column, subject in enumerate(line):
-            if subject:
-                distances_panel(sheet, subject, 70 + column * (width + 65), 40 + row * (height + 80), width, height)
+            left, top = 70 + column * (width + 65), 40 + row * (height + 80)
+            if subject is None:
+                sheet.text(left + width / 2, top + height / 2, "no cones on the sphere", 12, FAINT, "mm")
+            else:
+                distances_panel(sheet, subject, left, top, width, height)
     sheet.save(path)
 
 
@@ -337,7 +340,7 @@ def levels(subject, path):
         panel.curve((i, i), (low, top), colour)
         sheet.rectangle(*panel.at(i - 0.2, q3), *panel.at(i + 0.2, q1), mixed(colour, 0.35), colour)
         panel.curve((i - 0.2, i + 0.2), (median, median), colour, 3)
-        for n, line in enumerate([*textwrap.wrap(name, 18), f"n = {len(values)}"]):
+        for n, line in enumerate([*textwrap.wrap(name, 20), f"n = {len(values)}"]):
             sheet.text(panel.at(i, 0)[0], 318 + 15 * n, line, 11, FAINT if line.startswith("n =") else INK, "ma")
     sheet.save(path)
 
@@ -352,8 +355,8 @@ def chip(sheet, left, middle, words, fill):
 
 def traversal(subject, path, strips=6):
     """Figures 3 and 5 of the paper: captions retrieved on the way from pictures to the root, and how many there are."""
-    cones = evaluate.uses_cones(subject.model)
-    found = [[text for _, text in f] for f in evaluate.traverse(subject.model, subject.images, subject.texts, cones)]
+    cones, number = evaluate.uses_cones(subject.model), min(500, len(subject.images))   # a large val_data would take hours
+    found = [[text for _, text in f] for f in evaluate.traverse(subject.model, subject.images[:number], subject.texts, cones)]
     counts = [sum(text < len(subject.captions) for text in f) for f in found]
     sheet, words = Sheet(860, 60 + 92 * strips + 230), [*subject.captions, "[ROOT]"]
     among = ", among those whose cone holds the point" if cones else ""
@@ -370,9 +373,14 @@ def traversal(subject, path, strips=6):
     panel = Panel(sheet, 70, 60 + 92 * strips + 30, 400, 140, (-0.6, most + 0.6), (0, 1.1 * max(share.values()) / len(found)),
                   f"captions retrieved per picture, n = {len(found)}, mean {np.mean(counts):.1f}", "captions, without the root",
                   "share of pictures", x_ticks=[(k, str(k)) for k in range(most + 1)])
+    sheet.text(500, 60 + 92 * strips + 30, "above: from the pictures with most captions to those with fewest", 11, FAINT)
     for k, n in share.items():
         panel.bar(k - 0.35, k + 0.35, n / len(found), TEXT)
     sheet.save(path)
+
+
+def shortened(words, count):
+    return words if len(words) <= count else words[:count - 3] + "..."
 
 
 def some(subject, count):
@@ -390,10 +398,10 @@ def matrix(subject, path):
     sheet.text(20, 14, f"{subject.name}: similarity of {n} held-out pairs", 14)
     sheet.text(left, 40, "their pictures, in the same order", 11, FAINT)
     low, high = float(values.min()), float(values.max())
-    cells = heat(values - low, high - low)
+    cells = heat(values - low, max(high - low, 1e-6))
     for i, a in enumerate(chosen):
         sheet.picture(subject.picture(a), left + side * i + 1, top - side, side - 2, side - 2)
-        sheet.text(left - 6, top + side * i + side / 2, textwrap.shorten(subject.caption(a), 60, placeholder=" ..."), 10, anchor="rm")
+        sheet.text(left - 6, top + side * i + side / 2, shortened(subject.caption(a), 60), 10, anchor="rm")
         for j in range(n):
             x, y = left + side * j, top + side * i
             sheet.rectangle(x, y, x + side - 1, y + side - 1, tuple(cells[i, j].tolist()))
@@ -413,7 +421,7 @@ def matrix(subject, path):
 def contact(subject, path):
     """Twelve held-out pictures with their three nearest captions, wrong ones in red."""
     chosen = some(subject, 12)
-    nearest = subject.model.similarity(subject.images[chosen], subject.texts[subject.own]).topk(3).indices.tolist()
+    nearest = subject.model.similarity(subject.images[chosen], subject.texts[subject.own]).topk(min(3, len(subject.own))).indices.tolist()
     sheet = Sheet(860, 40 + 4 * 124)
     sheet.text(20, 12, f"{subject.name}: the three nearest of {len(subject.own)} held-out captions", 14)
     sheet.legend(640, 8, [(GOOD, "its own caption")])
@@ -438,26 +446,27 @@ def query(model, checkpoint, words, folder, path):
     for n, (file, closeness) in enumerate(found["nearest"]):
         left, top = 20 + 166 * (n % 5), 44 + 188 * (n // 5)
         sheet.picture(Image.fromarray(data.load_image(file, 312).permute(1, 2, 0).numpy()), left, top, 156, 156)
-        sheet.text(left, top + 160, f"{closeness:.3f}  {textwrap.shorten(Path(file).name, 20, placeholder='...')}", 11, FAINT)
+        sheet.text(left, top + 160, f"{closeness:.3f}  {shortened(Path(file).name, 20)}", 11, FAINT)
     sheet.save(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # a study: curves of several runs each
 
-def curves(groups, path, title, x_label, y_label):
-    """groups: name -> (xs, [ys of each seed]) -> a line through the means, whiskers from the lowest to the highest seed, side by side."""
+def curves(groups, path, title, x_label, y_label, dashed=()):
+    """groups: name -> (xs, [ys of each seed]) -> a line through the means (dashed: names), whiskers from the lowest to the highest seed."""
     sheet = Sheet(760, 380)
-    most = max(y for _, seeds in groups.values() for ys in seeds for y in ys)
+    most = max(1, *(y for _, seeds in groups.values() for ys in seeds for y in ys))
     high = max(x for xs, _ in groups.values() for x in xs)
     panel = Panel(sheet, 70, 40, 460, 280, (0, 1.04 * high), (0, 1.05 * most), title, x_label, y_label)
     for n, (name, (xs, seeds)) in enumerate(groups.items()):
         colour, aside = LINES[n % len(LINES)], (n - (len(groups) - 1) / 2) * 0.008 * high
         for x, ys in zip(xs, zip(*seeds)):
             panel.curve((x + aside, x + aside), (min(ys), max(ys)), mixed(colour, 0.6), 1.5)
-        panel.curve([x + aside for x in xs], np.mean(seeds, 0), colour)
+        panel.curve([x + aside for x in xs], np.mean(seeds, 0), colour, dash=3 if name in dashed else None)
     sheet.legend(550, 44, [(LINES[n % len(LINES)], f"{name}, n = {len(seeds)}") for n, (name, (_, seeds)) in enumerate(groups.items())])
-    sheet.text(550, 52 + 16 * len(groups), "whiskers: lowest to highest seed", 11, FAINT)
+    for n, words in enumerate(("whiskers: lowest to highest seed,", "set side by side to be seen")):
+        sheet.text(550, 52 + 16 * (len(groups) + n), words, 11, FAINT)
     sheet.save(path)
 
 

@@ -42,12 +42,11 @@ def runs():
 
 
 def call(command, log):
-    """A program on one thread -> whether it went well. Its output goes to a file; a failure is told and does not stop the others."""
+    """Run a program on one thread. Its output goes to a file; a failure is told and does not stop the others."""
     with open(log, "w") as file:
         code = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
                               env=os.environ | dict(OMP_NUM_THREADS="1")).returncode
-    print(f"{log.parent.name}: {command[0]} " + (f"failed, see {log}" if code else "is done"), flush=True)
-    return code == 0
+    print(f"{log.parent.name}: {command[0]} " + (f"failed, see {log}" if code else "has ended"), flush=True)
 
 
 def is_trained(folder):
@@ -75,13 +74,14 @@ REFERENCE = "clip-cosine"   # seeds differ more than geometries, and in the same
 COLUMNS = {   # table -> {title: (where `everything` has it, factor)}
     "accuracy and radius": {
         "top-1 %": ("zero_shot.top1", 100), "R@1 %": ("retrieval.mean_r1", 100), f"R@1 minus {REFERENCE}'s": ("ahead", 100), "radius of text, training": ("log.text_radius", 1),
-        "of image": ("log.image_radius", 1), "radius of text, held out": ("hierarchy.text_radius", 1), "of image ": ("hierarchy.image_radius", 1),
+        "of image, training": ("log.image_radius", 1), "radius of text, held out": ("hierarchy.text_radius", 1), "of image, held out": ("hierarchy.image_radius", 1),
         "general nearer the root %": ("hierarchy.general_nearer", 100)},
     "cones and ways to the root": {
         "in its caption's cone %, training": ("log.inside", 100), "in its captions' cones %, held out": ("hierarchy.own_in_cone", 100),
-        "in others' %": ("hierarchy.other_in_cone", 100), "captions on the way": ("hierarchy.traversal.captions", 1),
+        "in others' %": ("hierarchy.other_in_cone", 100), "captions on the way": ("hierarchy.traversal.captions", 1), "changes": ("hierarchy.traversal.changes", 1),
         "to general %": ("hierarchy.traversal.to_general", 100), "to specific %": ("hierarchy.traversal.to_specific", 100),
-        "captions with cones": ("hierarchy.traversal_in_cones.captions", 1), "to general % ": ("hierarchy.traversal_in_cones.to_general", 100),
+        "with cones: captions": ("hierarchy.traversal_in_cones.captions", 1), "changes ": ("hierarchy.traversal_in_cones.changes", 1),
+        "to general % ": ("hierarchy.traversal_in_cones.to_general", 100),
         "to specific % ": ("hierarchy.traversal_in_cones.to_specific", 100)},
 }
 
@@ -105,12 +105,11 @@ def look_up(result, path):
     return result
 
 
-def mean_and_spread(values):
+def mean_and_spread(values, digits):
     """Values of the seeds -> "mean ± standard deviation", over those where it is defined."""
     values = [v for v in values if v is not None]
     if not values:
         return ""
-    digits = 1 if max(map(abs, values)) >= 10 else 2
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
@@ -126,7 +125,8 @@ def table(out, seeds, which):
     lines = ["| run | " + " | ".join(map(str.strip, columns)) + " |", "|---" * (1 + len(columns)) + "|"]
     for name in runs():
         found = [everything(folder) for folder in finished(out, name, seeds)]
-        cells = [mean_and_spread([factor * v for r in found if (v := look_up(r, path)) is not None]) for path, factor in columns.values()]
+        cells = [mean_and_spread([factor * v for r in found if (v := look_up(r, path)) is not None], 1 if factor == 100 else 2)
+                 for path, factor in columns.values()]
         some = "" if len(found) == seeds else f" ({len(found)} of {seeds} seeds)"
         lines.append(f"| {name}{some} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -150,10 +150,10 @@ def draw(out, seeds, samples):
     default = {geometry: f"{geometry}-{next(iter(row.logits))}" for geometry, row in GEOMETRIES.items()}
     with_cones = {geometry: f"{default[geometry]}-0.2" for geometry, row in GEOMETRIES.items() if row.cone}
     for name, title, chosen in (
-            ("curves_geometries", "three geometries, without and with entailment loss", [*default.values(), *with_cones.values()]),
+            ("curves_geometries", "three geometries, without and (dashed) with entailment loss", [*default.values(), *with_cones.values()]),
             ("curves_logits", "all logits, without entailment loss", [f"{g}-{logit}" for g, row in GEOMETRIES.items() for logit in row.logits])):
         if (groups := retrieval(chosen)):
-            figures.curves(groups, out / f"{name}.png", title, **axes)
+            figures.curves(groups, out / f"{name}.png", title, dashed=with_cones.values(), **axes)
     figures.distances([[subject(default[g]) for g in GEOMETRIES], [subject(with_cones.get(g, "")) for g in GEOMETRIES]], out / "distances.png")
 
 

@@ -138,8 +138,7 @@ def test_class_embeddings_are_averages_of_their_prompts():
 
 def test_the_command_prints_a_table_with_chance_and_writes_json(pictures, tmp_path):
     save_ours(tmp_path / "ckpt.pt", small("euclidean", context_length=77))
-    run = lambda *args: subprocess.run([sys.executable, ROOT / "evaluate.py", tmp_path / "ckpt.pt", *args], capture_output=True, text=True, timeout=60)
-    done = run("--json", tmp_path / "out.json")
+    done = subprocess.run([sys.executable, ROOT / "evaluate.py", tmp_path / "ckpt.pt", "--json", tmp_path / "out.json"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "48 classes" in done.stdout and done.stdout.count("chance %") == 3 and "euclidean/squared" in done.stdout
     result = json.loads((tmp_path / "out.json").read_text())
@@ -149,8 +148,7 @@ def test_the_command_prints_a_table_with_chance_and_writes_json(pictures, tmp_pa
     folders.mkdir()
     for name in ("a_blue", "b_red"):
         (pictures / name).rename(folders / name)
-    done = run("--classification", folders, "--json", tmp_path / "out.json")
-    assert done.returncode == 0, done.stderr
+    evaluate.run(evaluate.parse([str(tmp_path / "ckpt.pt"), "--classification", str(folders), "--json", str(tmp_path / "out.json")]))
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["zero_shot"]["top5"] is None and result["zero_shot"]["classes"] == 2 and result["retrieval"]["t2i_r1"] is None
     with pytest.raises(ValueError, match="--images"):
@@ -214,7 +212,7 @@ def test_hierarchy_by_hand():
     assert h["pairs"] == 6 and h["general_nearer"] == pytest.approx(5 / 6)
     assert h["own_in_cone"] == pytest.approx(4 / 6) and h["other_in_cone"] == 0   # the narrow cone of the general one holds neither
     # east: specific, middle, general, root; north: specific, middle, root, for the general one is never nearer than the middle one
-    assert h["traversal"] == dict(captions=2.5, to_general=1.0, to_specific=0.0)
+    assert h["traversal"] == dict(captions=2.5, changes=3, to_general=1.0, to_specific=0.0)
     # the cone of the general caption, narrow at K = 0.1, opens between both rays and holds neither
     assert h["traversal_in_cones"]["captions"] == 2
 
@@ -269,7 +267,7 @@ def test_traverse_and_query_on_the_command_line(tmp_path, capsys):
     run("--val_data", folder)
     assert json.loads((tmp_path / "r.json").read_text())["retrieval"]["captions"] == 3 and str(folder) in capsys.readouterr().out
     (tmp_path / "none").mkdir()
-    for flags, message in ((["--retrieval", "x", "--images", "x", "--val_data", "x"], "give one"), (["--query", "x"], "--query needs --images"), (["--traverse", "x.png"], "--traverse needs --captions"),
+    for flags, message in ((["--retrieval", "x", "--images", "x", "--val_data", "x"], "leave --retrieval"), (["--query", "x"], "--query needs --images"), (["--traverse", "x.png"], "--traverse needs --captions"),
                            (["--captions", "x"], "nothing without --traverse"), (["--query", "x", "--images", tmp_path / "none"], "no pictures in"),
                            (["--query", "x", "--images", tmp_path / "absent"], "no folder")):
         with pytest.raises(ValueError, match=message):

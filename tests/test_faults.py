@@ -29,7 +29,7 @@ from test_train import SHORT, StopAfter, in_process, same_weights
 JPEG = encoded(photo(48, 40), "JPEG")
 
 
-TIME_LIMIT, pytestmark = 60, pytest.mark.usefixtures("time_limit")
+TIME_LIMIT, pytestmark = 60, pytest.mark.usefixtures("time_limit", "few_held_out")
 
 
 def one_pass(source):
@@ -204,9 +204,13 @@ def test_fault_21_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 def test_fault_21_kill_9_around_saves_changes_nothing(tmp_path):
     """Killed at random moments of a run that saves after every step; each time what is left must load. KILL_ROUNDS=20 for more rounds."""
-    rng, env = random.Random(0), os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), "--samples", "240", "--batch_size", "8", "--log_every", "1", "--save_every", "1", "--eval_every", "1000",
-               "--workers", "0", "--device", "cpu", "--resume", "--out_dir"]
+    rng, env, pictures = random.Random(0), os.environ | {"OMP_NUM_THREADS": "1"}, tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(8):
+        (pictures / f"{i}.jpg").write_bytes(encoded(photo(48, 40 + i), "JPEG"))
+        (pictures / f"{i}.txt").write_text(f"picture {i}")
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(pictures), "--samples", "160", "--batch_size", "8", "--log_every", "1",
+               "--save_every", "1", "--workers", "0", "--device", "cpu", "--resume", "--out_dir"]
     rounds = int(os.environ.get("KILL_ROUNDS", 2))
     signal.alarm(60 + 10 * rounds)
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, env=env)
@@ -228,11 +232,12 @@ import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch, torch.distributed as dist
 dist.init_process_group("gloo")
-import train
+import data, train
 from test_train import SHORT, StopAfter
+data.HELD_OUT = 48
 join, train.join_processes, folder = train.join_processes, lambda device: device, sys.argv[1]
-for data, geometry, workers in (("shapes", "clip", 0), (sys.argv[2], "euclidean", 2), (sys.argv[2], "hyperbolic", 2)):
-    flags = [*SHORT, "--geometry", geometry, "--data", data, "--workers", str(workers)]
+for source, geometry, workers in (("shapes", "clip", 0), (sys.argv[2], "euclidean", 2), (sys.argv[2], "hyperbolic", 2)):
+    flags = [*SHORT, "--geometry", geometry, "--data", source, "--workers", str(workers)]
     for name, stop, more in (("whole", -1, flags), ("parts", 5, flags), ("parts", -1, ["--resume"])):
         train.StopSignals = lambda: StopAfter(stop)
         c, given = train.parse([*more, "--out_dir", f"{{folder}}/{{geometry}}_{{name}}"])

@@ -15,6 +15,7 @@ from model import load_model
 from test_model import ROOT, in_open_clips_layout, small, torchrun
 
 SHORT = ["--samples", "64", "--batch_size", "8", "--log_every", "1", "--save_every", "4", "--eval_every", "1000", "--workers", "0", "--device", "cpu"]
+pytestmark = pytest.mark.usefixtures("few_held_out")
 
 
 def run(*args, timeout=100):
