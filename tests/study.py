@@ -71,18 +71,18 @@ def one(folder, flags, seed, samples):
 # what came out
 
 REFERENCE = "clip-cosine"   # seeds differ more than geometries, and in the same way for all: runs are compared seed by seed
-COLUMNS = {   # table -> {title: (where `everything` has it, factor)}
+COLUMNS = {   # table -> {title: (where `everything` has it, factor, digits)}
     "accuracy and radius": {
-        "top-1 %": ("zero_shot.top1", 100), "R@1 %": ("retrieval.mean_r1", 100), f"R@1 minus {REFERENCE}'s": ("ahead", 100), "radius of text, training": ("log.text_radius", 1),
-        "of image, training": ("log.image_radius", 1), "radius of text, held out": ("hierarchy.text_radius", 1), "of image, held out": ("hierarchy.image_radius", 1),
-        "general nearer the root %": ("hierarchy.general_nearer", 100)},
+        "top-1 %": ("zero_shot.top1", 100, 1), "R@1 %": ("retrieval.mean_r1", 100, 1), f"R@1 minus {REFERENCE}'s": ("ahead", 100, 1), "radius of text, training": ("log.text_radius", 1, 2),
+        "of image, training": ("log.image_radius", 1, 2), "radius of text, held out": ("hierarchy.text_radius", 1, 2), "of image, held out": ("hierarchy.image_radius", 1, 2),
+        "general nearer the root %": ("hierarchy.general_nearer", 100, 1)},
     "cones and ways to the root": {
-        "in its caption's cone %, training": ("log.inside", 100), "in its captions' cones %, held out": ("hierarchy.own_in_cone", 100),
-        "in others' %": ("hierarchy.other_in_cone", 100), "captions on the way": ("hierarchy.traversal.captions", 1), "changes": ("hierarchy.traversal.changes", 1),
-        "to general %": ("hierarchy.traversal.to_general", 100), "to specific %": ("hierarchy.traversal.to_specific", 100),
-        "with cones: captions": ("hierarchy.traversal_in_cones.captions", 1), "changes ": ("hierarchy.traversal_in_cones.changes", 1),
-        "to general % ": ("hierarchy.traversal_in_cones.to_general", 100),
-        "to specific % ": ("hierarchy.traversal_in_cones.to_specific", 100)},
+        "in its caption's cone %, training": ("log.inside", 100, 1), "in its captions' cones %, held out": ("hierarchy.own_in_cone", 100, 1),
+        "in others' %": ("hierarchy.other_in_cone", 100, 1), "captions on the way": ("hierarchy.traversal.captions", 1, 2), "changes": ("hierarchy.traversal.changes", 1, 0),
+        "to general %": ("hierarchy.traversal.to_general", 100, 1), "to specific %": ("hierarchy.traversal.to_specific", 100, 1),
+        "with cones: captions": ("hierarchy.traversal_in_cones.captions", 1, 2), "changes ": ("hierarchy.traversal_in_cones.changes", 1, 0),
+        "to general % ": ("hierarchy.traversal_in_cones.to_general", 100, 1),
+        "to specific % ": ("hierarchy.traversal_in_cones.to_specific", 100, 1)},
 }
 
 
@@ -125,8 +125,8 @@ def table(out, seeds, which):
     lines = ["| run | " + " | ".join(map(str.strip, columns)) + " |", "|---" * (1 + len(columns)) + "|"]
     for name in runs():
         found = [everything(folder) for folder in finished(out, name, seeds)]
-        cells = [mean_and_spread([factor * v for r in found if (v := look_up(r, path)) is not None], 1 if factor == 100 else 2)
-                 for path, factor in columns.values()]
+        cells = [mean_and_spread([factor * v for r in found if (v := look_up(r, path)) is not None], digits)
+                 for path, factor, digits in columns.values()]
         some = "" if len(found) == seeds else f" ({len(found)} of {seeds} seeds)"
         lines.append(f"| {name}{some} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
