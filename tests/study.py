@@ -73,16 +73,26 @@ def one(folder, flags, seed, samples):
 REFERENCE = "clip-cosine"   # seeds differ more than geometries, and in the same way for all: runs are compared seed by seed
 COLUMNS = {   # table -> {title: (where `everything` has it, factor, digits)}
     "accuracy and radius": {
-        "top-1 %": ("zero_shot.top1", 100, 1), "R@1 %": ("retrieval.mean_r1", 100, 1), f"R@1 minus {REFERENCE}'s": ("ahead", 100, 1), "radius of text, training": ("log.text_radius", 1, 2),
-        "of image, training": ("log.image_radius", 1, 2), "radius of text, held out": ("hierarchy.text_radius", 1, 2), "of image, held out": ("hierarchy.image_radius", 1, 2),
+        "top-1 %": ("zero_shot.top1", 100, 1),
+        "R@1 %": ("retrieval.mean_r1", 100, 1),
+        f"R@1 minus {REFERENCE}'s": ("ahead", 100, 1),
+        "radius of text, training": ("log.text_radius", 1, 2),
+        "of image, training": ("log.image_radius", 1, 2),
+        "radius of text, held out": ("hierarchy.text_radius", 1, 2),
+        "of image, held out": ("hierarchy.image_radius", 1, 2),
         "general nearer the root %": ("hierarchy.general_nearer", 100, 1)},
     "cones and ways to the root": {
-        "in its caption's cone %, training": ("log.inside", 100, 1), "in its captions' cones %, held out": ("hierarchy.own_in_cone", 100, 1),
-        "in others' %": ("hierarchy.other_in_cone", 100, 1), "captions on the way": ("hierarchy.traversal.captions", 1, 2), "changes": ("hierarchy.traversal.changes", 1, 0),
-        "to general %": ("hierarchy.traversal.to_general", 100, 1), "to specific %": ("hierarchy.traversal.to_specific", 100, 1),
-        "with cones: captions": ("hierarchy.traversal_in_cones.captions", 1, 2), "changes ": ("hierarchy.traversal_in_cones.changes", 1, 0),
-        "to general % ": ("hierarchy.traversal_in_cones.to_general", 100, 1),
-        "to specific % ": ("hierarchy.traversal_in_cones.to_specific", 100, 1)},
+        "in its caption's cone %, training": ("log.inside", 100, 1),
+        "in its captions' cones %, held out": ("hierarchy.own_in_cone", 100, 1),
+        "in others' %": ("hierarchy.other_in_cone", 100, 1),
+        "captions on the way": ("hierarchy.traversal.captions", 1, 2),
+        "changes": ("hierarchy.traversal.changes", 1, 0),
+        "to general %": ("hierarchy.traversal.to_general", 100, 1),
+        "to specific %": ("hierarchy.traversal.to_specific", 100, 1),
+        "with cones: captions": ("hierarchy.traversal_in_cones.captions", 1, 2),
+        "with cones: changes": ("hierarchy.traversal_in_cones.changes", 1, 0),
+        "with cones: to general %": ("hierarchy.traversal_in_cones.to_general", 100, 1),
+        "with cones: to specific %": ("hierarchy.traversal_in_cones.to_specific", 100, 1)},
 }
 
 
@@ -122,7 +132,7 @@ def finished(out, name, seeds):
 def table(out, seeds, which):
     """-> a markdown table, one line for each kind of run."""
     columns = COLUMNS[which]
-    lines = ["| run | " + " | ".join(map(str.strip, columns)) + " |", "|---" * (1 + len(columns)) + "|"]
+    lines = ["| run | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for name in runs():
         found = [everything(folder) for folder in finished(out, name, seeds)]
         cells = [mean_and_spread([factor * v for r in found if (v := look_up(r, path)) is not None], digits)
