@@ -1,7 +1,7 @@
 """All drawing: what a checkpoint does, and two pictures that explain the geometry. Pillow and numpy, at twice the size, then reduced.
 
-    python -m assets.figures geometry assets                                        # the README's opening picture, and the cones
-    python -m assets.figures out/ckpt.pt out/figures                                    # distances, levels, traversal, matrix, contact sheet
+    python -m assets.figures geometry assets                       # the README's opening picture, and the cones
+    python -m assets.figures out/ckpt.pt out/figures               # distances, levels, traversal, matrix, contact sheet
     python -m assets.figures out/ckpt.pt out/figures --query "a red circle" --images photos
 
 The study draws its own with `python tests/study.py`. Coordinates are pixels of the finished picture, y downwards; in a Panel, the data's.

@@ -60,6 +60,11 @@ def test_every_flag_in_the_readmes_commands_exists():
     assert seen > 10
 
 
+def test_every_picture_is_shown_and_every_picture_shown_is_there():
+    shown = set(re.findall(r"!\[[^\]]+\]\((assets/\w+\.png)\)", README))
+    assert shown == {f"assets/{p.name}" for p in (ROOT / "assets").glob("*.png")} and len(shown) > 5
+
+
 def test_the_readme_has_no_placeholder():
     assert not re.findall(r"@[A-Z]+@", README)
 
