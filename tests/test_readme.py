@@ -51,7 +51,7 @@ def test_the_top_level_holds_nothing_else():
 def test_every_flag_in_the_readmes_commands_exists():
     flags = {"train.py": {f.name for f in fields(train.TrainConfig)} | {"help"}, "evaluate.py": set(vars(evaluate.parse(["x"])))}
     seen = 0
-    for command in "\n".join(blocks("sh")).replace("&&", "\n").split("\n"):
+    for command in "\n".join(blocks("sh")).replace("\\\n", " ").replace("&&", "\n").split("\n"):
         for program, known in flags.items():
             if program in command:
                 used = set(re.findall(r"--(\w+)", command.split(program)[1]))
