@@ -277,7 +277,8 @@ def retrieved_figures(found, level):
     """What `traverse` found, the level of each text (0 = the most general) -> dict: see `hierarchy_metrics`."""
     paths = [[level[text] for _, text in path if text in level] for path in found]   # without the root
     changes = [b - a for path in paths for a, b in zip(path, path[1:])]
-    return dict(captions=sum(map(len, paths)) / len(paths), changes=len(changes), to_general=share([c < 0 for c in changes]), to_specific=share([c > 0 for c in changes]))
+    return dict(captions=sum(map(len, paths)) / len(paths), changes=len(changes),
+                to_general=share([c < 0 for c in changes]), to_specific=share([c > 0 for c in changes]))
 
 
 @torch.no_grad()
@@ -297,14 +298,14 @@ def hierarchy_metrics(model, images, texts, chains):
     """
     geometry, K = model.config.geometry, last_min_radius(model.recipe)
     root, own = model.row.root(torch.cat([images, texts])), [chain[-1] for chain in chains]
-    radius = geo.distance_to_root(texts, geometry, root)
+    radius = geo.distance_to_root(texts, geometry, root).cpu()   # compared one by one below
     pairs = {pair for chain in chains for pair in itertools.combinations(chain, 2)}
     out = dict(text_radius=radius[own].mean().item(), image_radius=geo.distance_to_root(images, geometry, root).mean().item(),
                general_nearer=share([bool(radius[general] < radius[specific]) for general, specific in pairs]), pairs=len(pairs),
                own_in_cone=None, other_in_cone=None, traversal_in_cones=None)
     if model.row.cone:
-        half = len(images) // 2
-        inside = lambda shown: (geo.entailment_loss(texts[torch.tensor(chains)], shown[:, None], geometry, K, model.curvature()) == 0).tolist()   # (N, L)
+        half, apexes = len(images) // 2, texts[torch.tensor(chains)]   # (N, L, D)
+        inside = lambda shown: (geo.entailment_loss(apexes, shown[:, None], geometry, K, model.curvature()) == 0).tolist()
         out["own_in_cone"] = share([hit for row in inside(images) for hit in row])
         out["other_in_cone"] = share([hit for row, chain, other in zip(inside(images.roll(-half, 0)), chains, chains[half:] + chains[:half])
                                       for hit, text in zip(row, chain) if text not in other])
