@@ -627,6 +627,11 @@ class Batches:
 # ---------------------------------------------------------------------------------------------------------------------------------
 # held-out data
 
+def load_item(item, size):
+    """A path, bytes, or the number of a held-out shape -> uint8 (3, size, size), the evaluation crop."""
+    return held_out_shape(item, size) if isinstance(item, int) else load_image(item, size)
+
+
 class Pictures(Dataset):
     """Items: paths, bytes, or numbers of held-out shapes -> uint8 (3, size, size), the evaluation crop; a sentence where there is none."""
 
@@ -639,7 +644,7 @@ class Pictures(Dataset):
     def __getitem__(self, i):
         item = self.items[i]
         try:
-            return held_out_shape(item, self.size) if isinstance(item, int) else load_image(item, self.size)
+            return load_item(item, self.size)
         except Exception as error:   # Pillow's decoders raise nearly anything on damaged files
             return f"picture {i} ({item if isinstance(item, str) else f'{len(item):,} bytes'}) cannot be read: {error}"
 

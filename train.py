@@ -400,7 +400,8 @@ def distribute(model, device, compile):
         model.compile()   # in place: parameters keep their names
     if world_size() == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True, broadcast_buffers=False)   # the only buffers are constants
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True,
+                                   broadcast_buffers=False)   # the only buffers are constants
 
 
 def introduce(c, model, device, workers):

@@ -31,15 +31,14 @@ LINES = ["#2464a8", "#d1741c", "#1f7a3a", "#8a3fa0", "#c62f2f", "#6e7781", "#0f9
 # ---------------------------------------------------------------------------------------------------------------------------------
 # a sheet of paper, and axes on it
 
-def mixed(colour, share, other=PAPER):
-    """A colour thinned with another -> RGB."""
-    a, b = (np.array([int(c[i:i + 2], 16) for i in (1, 3, 5)]) for c in (colour, other))
+def mixed(colour, share):
+    """A colour thinned with that of the paper -> RGB."""
+    a, b = (np.array([int(c[i:i + 2], 16) for i in (1, 3, 5)]) for c in (colour, PAPER))
     return tuple(np.rint(share * a + (1 - share) * b).astype(int).tolist())
 
 
 class Sheet:
     def __init__(self, width, height):
-        self.width, self.height = width, height
         self.image = Image.new("RGB", (2 * width, 2 * height), PAPER)
         self.pen = ImageDraw.Draw(self.image)
 
@@ -69,14 +68,24 @@ class Sheet:
     def rectangle(self, x0, y0, x1, y1, fill=None, outline=None, radius=0):
         self.pen.rounded_rectangle((2 * x0, 2 * y0, 2 * x1, 2 * y1), 2 * radius, fill, outline, 2 if outline else 0)
 
-    def polygon(self, points, fill):
-        self.pen.polygon([(2 * x, 2 * y) for x, y in points], fill)
+    def shade(self, points, colour):
+        """A polygon that what is below shines through."""
+        ImageDraw.Draw(self.image, "RGBA").polygon([(2 * x, 2 * y) for x, y in points], (*mixed(colour, 1), 90))
 
-    def circle(self, x, y, r, fill=None, outline=None, width=1):
-        self.pen.ellipse((2 * (x - r), 2 * (y - r), 2 * (x + r), 2 * (y + r)), fill, outline, 2 * width)
+    def circle(self, x, y, r, fill=None, outline=None):
+        self.pen.ellipse((2 * (x - r), 2 * (y - r), 2 * (x + r), 2 * (y + r)), fill, outline, 2)
 
-    def picture(self, image, x, y, width, height):
-        self.image.paste(image.resize((2 * width, 2 * height), Image.Resampling.BICUBIC), (int(2 * x), int(2 * y)))
+    def picture(self, pixels, x, y, size):
+        """pixels: uint8 (3, H, H), as `data` has them."""
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        self.image.paste(image.resize((2 * size, 2 * size), Image.Resampling.BICUBIC), (int(2 * x), int(2 * y)))
+
+    def heat_bar(self, x, top, height, labels):
+        """The colours of `heat`, from 0 at the bottom to 1; labels: [(share, words)]."""
+        bar = heat(np.repeat(np.linspace(1, 0, 2 * height)[:, None], 28, 1), 1)
+        self.image.paste(Image.fromarray(bar), (2 * x, 2 * top))
+        for share, words in labels:
+            self.text(x + 18, top + height * (1 - share), words, 11, FAINT, "lm")
 
     def legend(self, x, y, entries):
         for colour, words in entries:
@@ -123,18 +132,15 @@ class Panel:
         self.sheet.line([self.at(x, y) for x, y in zip(xs, ys)], colour, width, dash)
 
     def bar(self, x0, x1, top, colour):
-        if top > self.y[0]:
-            self.sheet.rectangle(*self.at(x0, top), *self.at(x1, self.y[0]), colour)
+        self.sheet.rectangle(*self.at(x0, top), *self.at(x1, self.y[0]), colour)
 
 
-def histogram(panel, values, colour, edges):
+def histogram(panel, shares, colour, edges):
     """Share of the values per bin, as a filled outline."""
-    shares = np.histogram(values, edges)[0] / len(values)
-    outline = [(edges[0], 0.0)] + [(e, s) for i, s in enumerate(shares) for e in edges[i:i + 2]] + [(edges[-1], 0.0)]
-    shade = panel.sheet.image.copy()
-    ImageDraw.Draw(shade).polygon([tuple(2 * v for v in panel.at(*p)) for p in outline], colour)
-    panel.sheet.image.paste(Image.blend(panel.sheet.image, shade, 0.35))
-    panel.sheet.line([panel.at(*p) for p in outline], colour, 1.5)
+    steps = [(edges[0], 0.0)] + [(e, s) for i, s in enumerate(shares) for e in edges[i:i + 2]] + [(edges[-1], 0.0)]
+    outline = [panel.at(*p) for p in steps]
+    panel.sheet.shade(outline, colour)
+    panel.sheet.line(outline, colour, 1.5)
 
 
 def heat(values, top):
@@ -235,32 +241,30 @@ def cones(path, K=0.25):
     apexes = [(K, K), (0.75, 0.3), (1.1, -0.55)]
     grid = (np.arange(2 * side) - side + 0.5) / side
     flat = np.stack(np.meshgrid(grid, -grid), -1)                        # (2 side, 2 side, 2), in [-1, 1]
-    for geometry, reach, top, where in (("euclidean", 1.6, 44, "x and y from -1.6 to 1.6"), ("hyperbolic", 1.0, 354, "tangent vectors at the root, shown in the Poincare disc, c = 1")):
-        points = flat * reach if geometry == "euclidean" else from_disc(flat)
+    rows = [("euclidean", 44, lambda v: v / 1.6, lambda p: p * 1.6, K, "x and y from -1.6 to 1.6"),
+            ("hyperbolic", 354, to_disc, from_disc, math.asinh(2 * K), "tangent vectors at the root, shown in the Poincare disc, c = 1")]
+    for geometry, top, shown, unshown, edge, where in rows:   # edge: nearer the root cones are half-spaces
+        points = torch.tensor(unshown(flat).reshape(-1, 2))
         for column, apex in enumerate(apexes):
-            left = 20 + column * (side + 20)
-            loss = geo.entailment_loss(torch.tensor([apex]).double(), torch.tensor(points.reshape(-1, 2)), geometry, K).numpy().reshape(flat.shape[:2])
+            left, text = 20 + column * (side + 20), torch.tensor([apex]).double()
+            x, y = left + side / 2, top + side / 2
+            loss = geo.entailment_loss(text, points, geometry, K).numpy().reshape(flat.shape[:2])
             picture = heat(loss, math.pi)
             picture[loss == 0] = mixed(IMAGE, 0.3)
-            if geometry == "hyperbolic":
+            if shown is to_disc:
                 picture[np.linalg.norm(flat, axis=-1) > 1] = mixed(PAPER, 1)
             sheet.image.paste(Image.fromarray(picture), (2 * left, 2 * top))
-            place = lambda p: (left + side / 2 + side / 2 * p[0] / reach, top + side / 2 - side / 2 * p[1] / reach)
-            to = place if geometry == "euclidean" else lambda p: place(to_disc(np.array(p)))
-            edge = K if geometry == "euclidean" else math.tanh(math.asinh(2 * K) / 2)   # closer to the root the cone is a half-space
-            sheet.circle(*place((0, 0)), side / 2 * edge / reach, outline=FAINT)
-            if geometry == "hyperbolic":
-                sheet.circle(*place((0, 0)), side / 2, outline=FAINT)
-            sheet.line([place((0, 0)), to(apex)], INK, 1, dash=3)
-            sheet.circle(*place((0, 0)), 3, INK)
-            sheet.circle(*to(apex), 6, TEXT, PAPER)
-            aperture = geo.find(geometry)[0].cone(torch.tensor([apex]), torch.tensor([apex]), K, 1.0)[1].item()
+            if shown is to_disc:
+                sheet.circle(x, y, side / 2, outline=FAINT)
+            sheet.circle(x, y, side / 2 * shown(np.array([edge, 0.0]))[0], outline=FAINT)
+            east, north = side / 2 * shown(np.array(apex))
+            sheet.line([(x, y), (x + east, y - north)], INK, 1, dash=3)
+            sheet.circle(x, y, 3, INK)
+            sheet.circle(x + east, y - north, 6, TEXT, PAPER)
+            aperture = geo.find(geometry)[0].cone(text, text, K, 1.0)[1].item()
             sheet.text(left, top - 19, f"text at ({apex[0]:g}, {apex[1]:g}): half-aperture {math.degrees(aperture):.0f}°", 12)
         sheet.text(385, top + side + 8, f"{geometry}, K = {K:g}, {where}", 12, anchor="ma")
-    bar = heat(np.repeat(np.linspace(math.pi, 0, 400)[:, None], 28, 1), math.pi)
-    sheet.image.paste(Image.fromarray(bar), (2 * 786, 2 * 240))
-    for value, words in ((0, "0"), (math.pi / 2, "pi/2"), (math.pi, "pi")):
-        sheet.text(804, 440 - 200 * value / math.pi, words, 11, FAINT, "lm")
+    sheet.heat_bar(786, 240, 200, [(0, "0"), (0.5, "pi/2"), (1, "pi")])
     sheet.text(800, 222, "loss (rad)", 11, FAINT, "mm")
     sheet.legend(20, 618, [(mixed(IMAGE, 0.3), "images that the text entails: inside its cone, loss 0")])
     sheet.text(330, 618, "black: the root; orange: the text, apex of its cone; circle: nearer the root cones are half-spaces", 11, FAINT)
@@ -293,10 +297,8 @@ class Subject:
     def radius(self, x):
         return geo.distance_to_root(x, self.model.config.geometry, self.root).numpy()
 
-    def picture(self, i, size=160):
-        item = self.items[i]
-        pixels = data.held_out_shape(item, size) if isinstance(item, int) else data.load_image(item, size)
-        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    def picture(self, i):
+        return data.load_item(self.items[i], 160)
 
 
 def distances_panel(sheet, subject, left, top, width, height):
@@ -304,11 +306,11 @@ def distances_panel(sheet, subject, left, top, width, height):
     text, image = subject.radius(subject.texts[subject.own]), subject.radius(subject.images)
     high = 1.15 * float(max(text.max(), image.max()))
     edges = np.linspace(0, high, 61)
-    top_share = max((np.histogram(v, edges)[0] / len(v)).max() for v in (text, image))
-    panel = Panel(sheet, left, top, width, height, (0, high), (0, 1.45 * top_share), subject.name, subject.model.row.radius_is,
+    shares = {colour: np.histogram(values, edges)[0] / len(values) for values, colour in ((text, TEXT), (image, IMAGE))}
+    panel = Panel(sheet, left, top, width, height, (0, high), (0, 1.45 * max(map(max, shares.values()))), subject.name, subject.model.row.radius_is,
                   "share of n per bin")
-    for values, colour in ((text, TEXT), (image, IMAGE)):
-        histogram(panel, values, colour, edges)
+    for colour in shares:
+        histogram(panel, shares[colour], colour, edges)
     sheet.legend(left + width - 110, top + 2, [(TEXT, f"text, n = {len(text)}"), (IMAGE, f"image, n = {len(image)}")])
 
 
@@ -364,9 +366,9 @@ def traversal(subject, path, strips=6):
     by_length = sorted(range(len(found)), key=lambda i: -counts[i])   # strips from the whole range of lengths
     for row in range(strips):
         i, top = by_length[row * (len(found) - 1) // (strips - 1)], 50 + 92 * row
-        sheet.picture(subject.picture(i), 20, top, 80, 80)
+        sheet.picture(subject.picture(i), 20, top, 80)
         for n, text in enumerate(found[i][:6]):
-            chip(sheet, 112 + 124 * n, top + 40, words[text], GRID if words[text] == "[ROOT]" else mixed(TEXT, 0.12))
+            chip(sheet, 112 + 124 * n, top + 40, words[text], mixed(TEXT, 0.12) if text < len(subject.captions) else GRID)
         if len(found[i]) > 6:
             sheet.text(855, top + 66, f"and {len(found[i]) - 6} more", 11, FAINT, "rm")
     share, most = Counter(counts), max(counts + [3])
@@ -398,20 +400,16 @@ def matrix(subject, path):
     sheet.text(20, 14, f"{subject.name}: similarity of {n} held-out pairs", 14)
     sheet.text(left, 40, "their pictures, in the same order", 11, FAINT)
     low, high = float(values.min()), float(values.max())
-    cells = heat(values - low, max(high - low, 1e-6))
+    cells, best = heat(values - low, max(high - low, 1e-6)), values.argmax(1)
     for i, a in enumerate(chosen):
-        sheet.picture(subject.picture(a), left + side * i + 1, top - side, side - 2, side - 2)
+        sheet.picture(subject.picture(a), left + side * i + 1, top - side, side - 2)
         sheet.text(left - 6, top + side * i + side / 2, shortened(subject.caption(a), 60), 10, anchor="rm")
         for j in range(n):
             x, y = left + side * j, top + side * i
             sheet.rectangle(x, y, x + side - 1, y + side - 1, tuple(cells[i, j].tolist()))
-        best = int(values[i].argmax())
-        sheet.circle(left + side * best + side / 2, top + side * i + side / 2, 4, PAPER if best == i else "#000000")
-    bar = left + side * n + 20
-    sheet.image.paste(Image.fromarray(heat(np.repeat(np.linspace(1, 0, 2 * side * n)[:, None], 28, 1), 1)), (2 * bar, 2 * top))
-    for value, y in ((high, top), (low, top + side * n)):
-        sheet.text(bar + 18, y, f"{value:.2f}", 11, FAINT, "lm")
-    right = sum(int(row.argmax()) == i for i, row in enumerate(values))
+        sheet.circle(left + side * best[i] + side / 2, top + side * i + side / 2, 4, PAPER if best[i] == i else "#000000")
+    sheet.heat_bar(left + side * n + 20, top, side * n, [(1, f"{high:.2f}"), (0, f"{low:.2f}")])
+    right = int((best == np.arange(n)).sum())
     told = f"a dot marks the nearest picture of each caption: white right ({right}), black wrong ({n - right})"
     sheet.text(left, top + side * n + 8, told, 11, FAINT)
     sheet.save(path)
@@ -428,7 +426,7 @@ def contact(subject, path):
     sheet.legend(760, 8, [(BAD, "another one")])
     for n, (i, found) in enumerate(zip(chosen, nearest)):
         left, top = 20 + 280 * (n % 3), 44 + 124 * (n // 3)
-        sheet.picture(subject.picture(i), left, top, 108, 108)
+        sheet.picture(subject.picture(i), left, top, 108)
         y = top
         for j in found:
             for line in textwrap.wrap(subject.caption(j), 29, max_lines=2, placeholder=" ..."):
@@ -445,7 +443,7 @@ def query(model, checkpoint, words, folder, path):
     sheet.text(20, 12, f'"{words}" in {found["pictures"]} pictures: similarity by {model.config.geometry}/{model.logit}', 14)
     for n, (file, closeness) in enumerate(found["nearest"]):
         left, top = 20 + 166 * (n % 5), 44 + 188 * (n // 5)
-        sheet.picture(Image.fromarray(data.load_image(file, 312).permute(1, 2, 0).numpy()), left, top, 156, 156)
+        sheet.picture(data.load_image(file, 312), left, top, 156)
         sheet.text(left, top + 160, f"{closeness:.3f}  {shortened(Path(file).name, 20)}", 11, FAINT)
     sheet.save(path)
 
@@ -480,6 +478,8 @@ def main():
     try:
         if bool(args.query) != bool(args.images):
             raise ValueError("--query and --images need each other")
+        if args.query and args.subject == "geometry":
+            raise ValueError("--query needs a checkpoint")
         if args.subject == "geometry":
             three_geometries(args.folder / "three_geometries.png")
             cones(args.folder / "cones.png")

@@ -116,8 +116,7 @@ def look_up(result, path):
 
 
 def mean_and_spread(values, digits):
-    """Values of the seeds -> "mean ± standard deviation", over those where it is defined."""
-    values = [v for v in values if v is not None]
+    """Values of the seeds, of those where it is defined -> "mean ± standard deviation"."""
     if not values:
         return ""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounter
 
 import data
 from geometry import GEOMETRIES
-from model import export, CLIP, FOREIGN_NAMES, PRESETS, Config, any_length, load_model, real_tokens
+from model import CLIP, FOREIGN_NAMES, PRESETS, Config, any_length, export, load_model, real_tokens
 from train import backward, split
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,7 +190,7 @@ WORKER = """
 import sys, torch, torch.distributed as dist
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_model import in_parts, small, small_batch
-from model import export, rank, world_size
+from model import rank, world_size
 from train import backward
 from contextlib import nullcontext
 from geometry import GEOMETRIES

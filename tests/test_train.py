@@ -1,6 +1,5 @@
 """train.py: flags, schedules, one short run of everything, refusals, resuming."""
 
-import json
 import math
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import torch
 
 import train
 from model import load_model
+from study import log_of
 from test_model import ROOT, in_open_clips_layout, small, torchrun
 
 SHORT = ["--samples", "64", "--batch_size", "8", "--log_every", "1", "--save_every", "4", "--eval_every", "1000", "--workers", "0", "--device", "cpu"]
@@ -26,10 +26,6 @@ def in_process(*args):
     """main() in this process -> exit status and what it printed to stderr is left to capsys."""
     c, given = train.parse([str(a) for a in args])
     train.train(c, given)
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def same_weights(a, b):
