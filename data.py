@@ -1,22 +1,17 @@
-"""Captions to tokens, pictures to uint8, and where both come from.
-
-    tokens = tokenize(["a red circle"], "bytes", 77)          # int64 (1, 77): start, words, end, zeros
-    picture = load_image("photo.jpg", 224)                     # uint8 (3, 224, 224), the evaluation crop
-    for batch in Batches("shards/{000..099}.tar", ...): ...    # endless
+"""Captions to tokens, pictures to uint8 tensors, and where both come from.
 
 A data source is one string:
 
-    shapes                          drawn as we go: coloured shapes with captions from "a shape" to "a small red circle left of ..."
-    shards/{00000..01287}.tar       tar shards as img2dataset and webdataset write them; also a glob, also several joined by ::
-    pairs.csv, pairs.tsv            columns `filepath` and `title`
-    a folder                        pictures, each with a caption in the .txt of the same name
+    shapes                       drawn as we go: coloured shapes, and captions of them
+    shards/{00000..01287}.tar    tar shards as img2dataset writes them; a glob; several, with ::
+    pairs.csv, pairs.tsv         columns `filepath` and `title`
+    a folder                     pictures, each with its caption in a .txt of the same name
 
-Training reads an endless stream and counts samples, never epochs. Sources that can be addressed (all but tar shards) make the global
-batch of step s from (seed, s) alone, and each process takes its slice: the number of processes changes the speed, not the run. What
-cannot be used is dropped, counted by reason and reported; faults in a worker travel as values, because an exception would carry a page
-of traceback with it.
+Every source is a list: sample i can be read without the ones before it. The batch of step s is a
+function of (seed, s) alone, whatever the number of processes and of loading workers, so to resume
+a run is to go on counting. A sample that cannot be used is replaced by another one and counted.
 
-Axes: N samples, T tokens, H, W pixels, R real (unpadded) tokens of a batch.
+Axes: N samples, T tokens, H, W pixels.
 """
 
 import csv
@@ -33,10 +28,11 @@ import random
 import re
 import signal
 import tarfile
-import tempfile
 import threading
 from collections import Counter
-from functools import lru_cache
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -44,625 +40,709 @@ import regex
 import tiktoken
 import tiktoken.load
 import torch
-from PIL import Image, ImageDraw
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from PIL import Image, ImageDraw, ImageOps
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+# ------------------------------------------------------------------------------------------------
+# tokens. In every vocabulary of size V: start V - 2, end V - 1, padding 0 after the end
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# captions to tokens. In every vocabulary of V: start V - 2, end V - 1, padding 0 after the end
-
-CLIP_VOCABULARY = ("https://raw.githubusercontent.com/openai/CLIP/d05afc436d78f1c48dc0dbf8e5980a9d471f35f6/clip/bpe_simple_vocab_16e6.txt.gz",
-                   "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")   # URL, sha256
-CLIP_WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
-
-
-def collapse_whitespace(text):
-    """Undo HTML escapes (twice: scraped captions are often escaped twice), make every run of whitespace one space."""
-    return " ".join(html.unescape(html.unescape(text)).split())
+CLIP_VOCABULARY = (
+    "https://raw.githubusercontent.com/openai/CLIP/d05afc436d78f1c48dc0dbf8e5980a9d471f35f6/"
+    "clip/bpe_simple_vocab_16e6.txt.gz"
+)
+CLIP_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+CLIP_WORDS = regex.compile(r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 
 
 @lru_cache
 def clip_encoding():
-    """CLIP's byte-pair encoding as a tiktoken Encoding.
+    """CLIP's byte-pair encoding as a tiktoken Encoding. CLIP marks a word's last letter (t</w>);
+    tiktoken merges bytes. So the mark becomes a byte of its own, a newline, which cleaned captions
+    do not have. The 256 tokens (byte, mark) rank below every merge: the last byte of a word takes
+    its mark first. After that both merge by the same ranks."""
+    raw = gzip.decompress(tiktoken.load.read_file_cached(CLIP_VOCABULARY, CLIP_SHA256))
+    merges = raw.decode().split("\n")[1:48_895]
+    # CLIP spells a printable byte as itself, the others as chr(256), chr(257), ...
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
-    CLIP marks the last letter of a word (t</w>), tiktoken merges bytes. The mark becomes a byte of its own, a newline: collapsing
-    whitespace leaves none in a caption. The 256 tokens (byte, mark) rank below every merge, so each word's last byte takes its mark
-    first, as in CLIP; after that both merge by the same ranks.
-    """
-    lines = gzip.decompress(tiktoken.load.read_file_cached(*CLIP_VOCABULARY)).decode().split("\n")[1:48_895]   # 48,894 merges
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]   # CLIP spells every byte as one character: these as themselves
-    order = printable + [b for b in range(256) if b not in printable]   # the others as chr(256), chr(257), ...
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(order[len(printable):])}
-    spell = lambda token: bytes(byte_of[c] for c in token.removesuffix("</w>")) + (b"\n" if token.endswith("</w>") else b"")
-    tokens = [bytes([b]) for b in order] + [bytes([b]) + b"\n" for b in order]
-    tokens += [b"".join(map(spell, line.split())) for line in lines]
-    return tiktoken.Encoding("clip", pat_str=r"[^\n]+\n", mergeable_ranks={t: i for i, t in enumerate(tokens)}, special_tokens={})
+    def spell(token):
+        letters = bytes(byte_of[c] for c in token.removesuffix("</w>"))
+        return letters + b"\n" if token.endswith("</w>") else letters
+
+    tokens = [bytes([b]) for b in printable + others]
+    tokens += [token + b"\n" for token in tokens]
+    tokens += [b"".join(map(spell, merge.split())) for merge in merges]
+    ranks = {token: i for i, token in enumerate(tokens)}
+    return tiktoken.Encoding("clip", pat_str=r"[^\n]+\n", mergeable_ranks=ranks, special_tokens={})
 
 
 def clip_ids(text):
-    return clip_encoding().encode_ordinary("".join(word + "\n" for word in CLIP_WORDS.findall(text.lower())))
+    words = CLIP_WORDS.findall(text.lower())
+    return clip_encoding().encode_ordinary("".join(word + "\n" for word in words))
 
 
 @lru_cache
 def find_tokenizer(name):
-    """A name (bytes, clip, or any that tiktoken knows) -> text to ids, size of the vocabulary V. Raises ValueError."""
+    """bytes, clip, or a name that tiktoken knows -> (text to ids, V). Raises ValueError."""
     if name == "bytes":
         return lambda text: list(text.encode("utf-8", errors="replace")), 256 + 2
-    try:
-        if name == "clip":
-            return clip_ids, clip_encoding().n_vocab + 2
-        encoding = tiktoken.get_encoding(name)
-        return encoding.encode_ordinary, encoding.n_vocab + 2
-    except OSError:   # requests' errors are OSErrors
-        folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.path.join(tempfile.gettempdir(), "data-gym-cache")
-        hint = f"\nput {CLIP_VOCABULARY[0]} there as {hashlib.sha1(CLIP_VOCABULARY[0].encode()).hexdigest()}" if name == "clip" else ""
-        raise ValueError(f"the vocabulary of tokenizer {name!r} is neither in tiktoken's cache ({folder}; set TIKTOKEN_CACHE_DIR to use "
-                         f"another folder) nor can it be downloaded{hint}") from None
-    except ValueError as error:
-        if name == "clip":   # the file in the cache is not the one that was published
-            raise ValueError(f"CLIP's vocabulary: {error}") from None
+    if name not in ("clip", *tiktoken.list_encoding_names()):
         names = ", ".join(["bytes", "clip", *tiktoken.list_encoding_names()])
-        raise ValueError(f"no tokenizer {name!r}; choose one of {names}") from None
+        raise ValueError(f"no tokenizer {name!r}; choose one of {names}")
+    try:
+        encoding = clip_encoding() if name == "clip" else tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:  # among them those of a download
+        folder = os.environ.get("TIKTOKEN_CACHE_DIR", "the folder TIKTOKEN_CACHE_DIR")
+        file = hashlib.sha1(CLIP_VOCABULARY.encode()).hexdigest()
+        hint = f"; put {CLIP_VOCABULARY} there as {file}" if name == "clip" else ""
+        raise ValueError(f"the vocabulary of {name!r} is neither in {folder} nor to be downloaded "
+                         f"({type(error).__name__}){hint}") from None  # fmt: skip
+    return clip_ids if name == "clip" else encoding.encode_ordinary, encoding.n_vocab + 2
+
+
+def vocab_size(tokenizer):
+    return find_tokenizer(tokenizer)[1]
+
+
+def collapse_whitespace(text):
+    """As CLIP cleans: no HTML escapes (often there are two layers), single spaces."""
+    return " ".join(html.unescape(html.unescape(text)).split())
 
 
 def tokenize(texts, tokenizer, context_length=77):
-    """texts: a string or a list of N -> int64 (N, context_length): start, ids, end, zeros. Any string is allowed, the empty one too.
-
-    Long texts are cut so that the end token stays; `<|endoftext|>` written out is text like any other. CLIP's own tokenizer cleans
-    with ftfy besides, which is not used here: captions with broken encodings differ.
-    """
+    """Any string, or N of them -> int64 (N, context_length): start, ids, end, zeros. Long ones are
+    cut; the end token stays. Unlike CLIP's own tokenizer this does not repair encodings."""
     encode, V = find_tokenizer(tokenizer)
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    texts = [texts] if isinstance(texts, str) else texts
     tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
     for row, text in zip(tokens, texts):
-        ids = [V - 2, *encode(collapse_whitespace(text))[:context_length - 2], V - 1]
-        row[:len(ids)] = torch.tensor(ids)
+        ids = encode(collapse_whitespace(text))[: context_length - 2]
+        row[: len(ids) + 2] = torch.tensor([V - 2, *ids, V - 1])
     return tokens
 
 
-def clean_caption(raw):
-    """bytes of a file -> a caption, '' where there is none: no BOM, no NUL, no surrogates; nobody reads beyond 10,000 characters."""
-    return raw[:40_000].decode("utf-8-sig", errors="replace").replace("\0", " ").strip()[:10_000]
+# ------------------------------------------------------------------------------------------------
+# pictures
+
+Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses twice as many: a decompression bomb
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start another program
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# pictures to uint8
+def open_image(item):
+    """item: a path, bytes, a file, or (tar, offset, size) -> PIL image, not yet decoded."""
+    if isinstance(item, tuple):
+        item = read_slice(*item)
+    if isinstance(item, bytes):
+        item = io.BytesIO(item)
+    return Image.open(item, formats=FORMATS)
 
-Image.MAX_IMAGE_PIXELS = 100_000_000   # Pillow warns beyond this, and refuses beyond twice this: a decompression bomb
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
-
-def open_image(source):
-    """A path, bytes or file -> PIL image, not decoded yet."""
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+def read_slice(path, offset, size):
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 def to_rgb(image):
-    """Any mode -> RGB. Transparency over white; 16-bit grey rescaled, where Pillow would clip it to white."""
-    if image.mode == "RGB":
-        return image
+    """Any mode -> RGB, upright, over white. 16-bit grey is rescaled, where Pillow would clip it."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image, dtype=np.float64)
         top = 65535 if grey.max() > 255 else 255
-        return Image.fromarray((grey.clip(0, top) * (255 / top)).astype(np.uint8)).convert("RGB")
+        image = Image.fromarray((grey.clip(0, top) * (255 / top)).astype(np.uint8))
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 def to_tensor(image):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()   # (3, H, W)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # uint8 (3, H, W)
 
 
 def load_image(path, size):
-    """The evaluation crop, as open_clip's: shorter side to `size` (bicubic, antialiased), centre square.
-
-    path: a path, bytes or an open file -> uint8 (3, size, size). Raises OSError, as Pillow does, for what is no picture.
-    """
+    """What `open_image` takes -> uint8 (3, size, size): open_clip's evaluation crop, the shorter
+    side to `size`, bicubic, then the centre square. Raises what Pillow raises."""
     image = to_rgb(open_image(path))
     w, h = image.size
-    short = min(w, h)
-    if max(w, h) > 16 * short:   # a strip: cut off what the crop never sees, before resizing makes it huge
-        image = image.crop(((w - min(w, 16 * short)) // 2, (h - min(h, 16 * short)) // 2, (w + min(w, 16 * short)) // 2, (h + min(h, 16 * short)) // 2))
+    limit = 16 * min(w, h)
+    if max(w, h) > limit:  # of a strip, cut off what the crop never sees, before it gets huge
+        x, y = (w - min(w, limit)) // 2, (h - min(h, limit)) // 2
+        image = image.crop((x, y, w - x, h - y))
         w, h = image.size
-    image = image.resize((max(size, int(size * w / short)), max(size, int(size * h / short))), Image.Resampling.BICUBIC)
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    w, h = max(size, size * w // min(w, h)), max(size, size * h // min(w, h))
+    image = image.resize((w, h), Image.Resampling.BICUBIC)
+    left, top = round((w - size) / 2), round((h - size) / 2)
     return to_tensor(image.crop((left, top, left + size, top + size)))
 
 
 def random_box(w, h, scale, rng):
-    """RandomResizedCrop's rectangle: area scale..1 of the picture, ratio 3/4..4/3, log-uniform -> (left, top, right, bottom)."""
+    """RandomResizedCrop's rectangle: area `scale` to 1 of the picture, aspect ratio 3/4 to 4/3."""
     for _ in range(10):
-        area, ratio = w * h * rng.uniform(scale, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        cw, ch = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < cw <= w and 0 < ch <= h:
-            left, top = rng.randint(0, w - cw), rng.randint(0, h - ch)
-            return left, top, left + cw, top + ch
-    cw, ch = min(w, round(h * 4 / 3)), min(h, round(w * 4 / 3))   # too long a picture: the largest centred one of allowed ratio
-    return (w - cw) // 2, (h - ch) // 2, (w - cw) // 2 + cw, (h - ch) // 2 + ch
+        area = w * h * rng.uniform(scale, 1)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        box_w, box_h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < box_w <= w and 0 < box_h <= h:
+            left, top = rng.randint(0, w - box_w), rng.randint(0, h - box_h)
+            return left, top, left + box_w, top + box_h
+    x, y = max(0, w - round(h * 4 / 3)) // 2, max(0, h - round(w * 4 / 3)) // 2
+    return x, y, w - x, h - y  # a strip: the largest rectangle that is allowed, centred
 
 
-def load_training_crop(source, size, scale, rng):
-    """The training crop: a random box of the picture, made size x size -> uint8 (3, size, size).
-
-    A JPEG is decoded at half, quarter or eighth size where the box stays larger than the target (`draft`), and only the box is resized,
-    whole multiples of it by plain averaging (`reducing_gap`). The mean difference from the plain path is below 2 %.
-    """
-    image = open_image(source)
-    w, h = image.size
+def load_training_crop(item, size, scale, rng):
+    """A random rectangle of the picture, made square -> uint8 (3, size, size). A JPEG is decoded at
+    half, quarter or eighth size (`draft`) where that is enough, which is faster."""
+    image = open_image(item)
+    turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation: stored on its side
+    w, h = image.size[::-1] if turned else image.size
     left, top, right, bottom = random_box(w, h, scale, rng)
-    image.draft(None, (math.ceil(w * size / (right - left)), math.ceil(h * size / (bottom - top))))
+    enough = math.ceil(w * size / (right - left)), math.ceil(h * size / (bottom - top))
+    image.draft(None, enough[::-1] if turned else enough)
     image = to_rgb(image)
     x, y = image.width / w, image.height / h
-    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=(left * x, top * y, right * x, bottom * y), reducing_gap=1.0))
+    box = (left * x, top * y, right * x, bottom * y)
+    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=1.0))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# shapes: a world with a hierarchy. Integers and random.random() only, so that every machine draws the same pictures
+# ------------------------------------------------------------------------------------------------
+# shapes: a world with a hierarchy. Integers and random.random() only: all machines draw the same
 
-COLOURS = {"red": (240, 50, 50), "orange": (255, 140, 20), "yellow": (250, 220, 40), "green": (60, 200, 80),
-           "cyan": (60, 210, 220), "blue": (70, 110, 255), "purple": (170, 80, 230), "pink": (250, 130, 190)}
-POLYGONS = {   # corners in thousandths of the radius; the circle and the ring are ellipses
-    "circle": None, "ring": None,
+COLOURS = {"red": (240, 50, 50), "orange": (255, 140, 20), "yellow": (250, 220, 40),
+           "green": (60, 200, 80), "cyan": (60, 210, 220), "blue": (70, 110, 255),
+           "purple": (170, 80, 230), "pink": (250, 130, 190)}  # fmt: skip
+POLYGONS = {"circle": None, "ring": None,  # corners in thousandths of the radius
     "square": [(-900, -900), (900, -900), (900, 900), (-900, 900)],
     "triangle": [(0, -1000), (1000, 840), (-1000, 840)],
     "cross": [(-260, -1000), (260, -1000), (260, -260), (1000, -260), (1000, 260), (260, 260),
               (260, 1000), (-260, 1000), (-260, 260), (-1000, 260), (-1000, -260), (-260, -260)],
-    "star": [(0, -1080), (235, -323), (1027, -333), (380, 123), (634, 873), (0, 400), (-634, 873), (-380, 123), (-1027, -333), (-235, -323)],
-}
-SIZES = {"small": (250, 290), "large": (420, 460)}   # radius in thousandths of half the picture
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}   # from the second object to the first
-KINDS = [(s, c, k) for s in SIZES for c in COLOURS for k in POLYGONS]   # 96 objects
-SHAPE_CLASSES = [f"{c} {k}" for c in COLOURS for k in POLYGONS]   # 48
+    "star": [(0, -1080), (235, -323), (1027, -333), (380, 123), (634, 873), (0, 400), (-634, 873),
+             (-380, 123), (-1027, -333), (-235, -323)]}  # fmt: skip
+SIZES = {"small": (250, 290), "large": (420, 460)}  # radius in thousandths of half the picture
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+LEVELS = ("a shape", "something red / a circle", "a red circle", "a small red circle",
+          "a small red circle left of a large blue square")  # fmt: skip
+OBJECTS = list(itertools.product(SIZES, COLOURS, POLYGONS))  # 96
+SHAPE_CLASSES = [f"{colour} {kind}" for colour in COLOURS for kind in POLYGONS]  # 48
 SHAPE_TEMPLATES = ["a {}", "a small {}", "a large {}"]
-LEVELS = ["a shape", "something red / a circle", "a red circle", "a small red circle", "a small red circle left of a large blue square"]   # by example
-HELD_OUT = 480   # pictures of one object (ten of each class), and as many of two
+HELD_OUT = 480  # pictures of one object (ten of each class), and as many of two
 
 
 def is_held_out(first, relation, second):
-    """A tenth of all arrangements of two objects is never drawn in training. Arguments are indices into KINDS, RELATIONS, KINDS."""
+    """A tenth of all arrangements of two objects is never drawn in training."""
     return ((first * 4 + relation) * 96 + second) * 2_654_435_761 % 2**32 % 10 == 0
 
 
 def random_scene(rng, two):
-    """-> (first, relation, second), indices; relation and second are None for one object."""
-    pick = lambda n: int(rng.random() * n)
+    """-> indices (first object, relation, second object), the last two None for one object."""
     while True:
-        scene = (pick(96), pick(4), pick(96)) if two else (pick(96), None, None)
-        if not two or not is_held_out(*scene):
-            return scene
+        first = int(rng.random() * 96)
+        if not two:
+            return first, None, None
+        relation, second = int(rng.random() * 4), int(rng.random() * 96)
+        if not is_held_out(first, relation, second):
+            return first, relation, second
 
 
-def describe(scene, level, rng):
-    """One caption of a scene at a level of generality: 0 = "a shape" ... 3 = "a small red circle", 4 = with what it stands next to."""
-    size, colour, kind = KINDS[scene[0]]
+def describe(scene, level, rng=None):
+    """A caption of a scene at a level of generality, from 0 ("a shape") to 4: see LEVELS."""
+    first, relation, second = scene
+    size, colour, kind = OBJECTS[first]
     if level == 1:
         return f"something {colour}" if rng.random() < 0.5 else f"a {kind}"
-    words = ["a shape", None, f"a {colour} {kind}", f"a {size} {colour} {kind}"]
     if level < 4:
-        return words[level]
-    return f"{words[3]} {list(RELATIONS)[scene[1]]} a {' '.join(KINDS[scene[2]])}"
+        return ("a shape", None, f"a {colour} {kind}", f"a {size} {colour} {kind}")[level]
+    other = " ".join(OBJECTS[second])
+    return f"a {size} {colour} {kind} {list(RELATIONS)[relation]} a {other}"
 
 
 def draw(scene, rng, size):
-    """A scene -> RGB image, size x size: places, sizes, shades and background vary. Drawn at twice the size, then averaged."""
-    unit = size   # half the side of the canvas, in its pixels
-    vary = lambda middle, spread: int(middle + (2 * rng.random() - 1) * spread)
-    grey = vary(30, 20)   # dark: with backgrounds of any grey a small ViT needs five times as many pictures to tell the shapes
-    canvas = Image.new("RGB", (2 * unit, 2 * unit), (grey, grey, vary(grey, 12)))
+    """A scene -> RGB image: place, size, shade and background vary. Drawn twice as large."""
+
+    def vary(middle, spread):
+        return int(middle + (2 * rng.random() - 1) * spread)
+
+    grey = vary(30, 20)  # on light backgrounds a small ViT would need several times the pictures
+    canvas = Image.new("RGB", (2 * size, 2 * size), (grey, grey, vary(grey, 12)))
     pen = ImageDraw.Draw(canvas)
     first, relation, second = scene
-    for kind, side in ((first, 1), (second, -1)) if second is not None else ((first, 0),):
-        name, colour, shape = KINDS[kind]
-        low, high = SIZES[name]
+    dx, dy = (0, 0) if second is None else list(RELATIONS.values())[relation]
+    for index, side in ((first, 1), (second, -1)):  # two objects are on opposite sides
+        if index is None:
+            break
+        object_size, colour, kind = OBJECTS[index]
+        low, high = SIZES[object_size]
         r = vary((low + high) / 2, (high - low) / 2)
-        if side:   # two objects, each on its side of the middle
-            dx, dy = RELATIONS[list(RELATIONS)[relation]]
-            x, y = (side * d * 520 + vary(0, 60) for d in (dx, dy))
-        else:
-            x, y = vary(0, 60), vary(0, 60)
-        x, y, r = (1000 + x) * unit // 1000, (1000 + y) * unit // 1000, r * unit // 1000
+        x, y = side * dx * 520 + vary(0, 60), side * dy * 520 + vary(0, 60)
+        x, y, r = (1000 + x) * size // 1000, (1000 + y) * size // 1000, r * size // 1000
         fill = tuple(min(255, max(0, vary(c, 18))) for c in COLOURS[colour])
-        if shape == "circle":
-            pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-        elif shape == "ring":
-            pen.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=max(1, r * 2 // 5))
+        box = (x - r, y - r, x + r, y + r)
+        if kind == "circle":
+            pen.ellipse(box, fill)
+        elif kind == "ring":
+            pen.ellipse(box, outline=fill, width=max(1, r * 2 // 5))
         else:
-            pen.polygon([(x + px * r // 1000, y + py * r // 1000) for px, py in POLYGONS[shape]], fill=fill)
+            corners = [(x + dx * r // 1000, y + dy * r // 1000) for dx, dy in POLYGONS[kind]]
+            pen.polygon(corners, fill)
     return canvas.reduce(2)
+
+
+def draw_sample(rng, size):
+    """-> uint8 (3, size, size), caption. Of the pictures 30 % show two objects."""
+    two = rng.random() < 0.3
+    scene, at = random_scene(rng, two), rng.random()
+    fractions = (0.03, 0.08, 0.25, 0.45, 1.0) if two else (0.03, 0.10, 0.40, 1.0)  # cumulative
+    level = next(i for i, fraction in enumerate(fractions) if at < fraction)
+    return to_tensor(draw(scene, rng, size)), describe(scene, level, rng)
 
 
 @lru_cache
 def held_out_scenes():
-    """The fixed split: HELD_OUT pictures of one object, all kinds alike, then HELD_OUT arrangements of two that training never draws."""
+    """HELD_OUT scenes of one object, then as many of two, of which training never draws one."""
     rng = random.Random("held out")
     ones = [(i % 96, None, None) for i in range(HELD_OUT)]
-    twos = [(i // 384, i // 96 % 4, i % 96) for i in range(96 * 4 * 96) if is_held_out(i // 384, i // 96 % 4, i % 96)]
+    pairs = itertools.product(range(96), range(4), range(96))
+    twos = [scene for scene in pairs if is_held_out(*scene)]
     return ones + sorted(twos, key=lambda scene: rng.random())[:HELD_OUT]
 
 
 def held_out_levels():
-    """Captions of each held-out picture of two objects, from "a shape" to its own: HELD_OUT lists of one caption per level."""
+    """The captions of each held-out picture of two objects, one per level."""
     rng = random.Random("levels")
-    return [[describe(scene, level, rng) for level in range(len(LEVELS))] for scene in held_out_scenes()[HELD_OUT:]]
+    scenes = held_out_scenes()[HELD_OUT:]
+    return [[describe(scene, level, rng) for level in range(len(LEVELS))] for scene in scenes]
 
 
-def held_out_shape(i, size):
-    return to_tensor(draw(held_out_scenes()[i], random.Random(f"held out {i}"), size))
+def load_item(item, size):
+    """What `open_image` takes, or the number of a held-out scene -> uint8 (3, size, size)."""
+    if isinstance(item, int):
+        scene = held_out_scenes()[item]
+        return to_tensor(draw(scene, random.Random(f"held out {item}"), size))
+    return load_image(item, size)
 
 
-class Shapes:
-    """Addressed by sample number: the same (seed, number) gives the same picture and caption, everywhere."""
-    TWO = 0.3   # share of pictures with two objects
-    MIX = {False: (0.03, 0.10, 0.40, 1.0), True: (0.03, 0.08, 0.25, 0.45, 1.0)}   # cumulative shares of the levels, one object and two
-
-    def sample(self, number, seed, size, scale, skipped):
-        rng = random.Random(seed << 48 | number)
-        two = rng.random() < self.TWO
-        scene, at = random_scene(rng, two), rng.random()
-        level = next(i for i, share in enumerate(self.MIX[two]) if at < share)
-        return to_tensor(draw(scene, rng, size)), describe(scene, level, rng)
+# ------------------------------------------------------------------------------------------------
+# text and folders, as people have them
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# csv and folders: lists of pictures with captions
-
-def read_list(source):
-    """csv, tsv or folder -> [(picture path, caption)]. Raises ValueError for a source that yields nothing."""
-    path = Path(source)
-    if source.endswith((".csv", ".tsv")):
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, delimiter="," if source.endswith(".csv") else "\t")
-            if not {"filepath", "title"} <= set(rows.fieldnames or ()):
-                raise ValueError(f"{source} needs columns filepath and title; it has {rows.fieldnames}")
-            pairs = [(row["filepath"], clean_caption((row["title"] or "").encode())) for row in rows]
-        pairs = [(p if not p or os.path.exists(p) else str(path.parent / p), c) for p, c in pairs]   # relative to here, or to the list
-    else:
-        if not path.is_dir():
-            raise ValueError(f"no data source {source!r}: not `shapes`, not a .tar, .csv or .tsv, and no folder {path.resolve()}")
-        pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
-        captions = [clean_caption(p.with_suffix(".txt").read_bytes()) if p.with_suffix(".txt").exists() else "" for p in pictures]
-        pairs = [(str(p), c) for p, c in zip(pictures, captions)]
-    kept = [(p, c) for p, c in pairs if p and c]
-    if not kept:
-        raise ValueError(f"{path.resolve()} holds no picture with a caption")
-    if len(kept) < len(pairs):
-        print(f"warning: {len(pairs) - len(kept):,} of {len(pairs):,} pictures of {source} have no caption", flush=True)
-    return kept
+def read_text(path):
+    """UTF-8, with or without a byte order mark. Raises ValueError for other encodings."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start:,}); save it so") from None
 
 
-@lru_cache(2)   # a batch may lie across two passes
-def order_of_pass(count, seed, turn):
-    return np.random.default_rng((seed, turn)).permutation(count)
+def read_lines(path):
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
+def is_hidden(path):
+    """Is a part of the path hidden, or what macOS puts beside the files?"""
+    return any(part.startswith(".") or part == "__MACOSX" for part in Path(path).parts)
+
+
+def list_pictures(folder):
+    """-> sorted picture paths, and a Counter of the extensions of all other files. Links to folders
+    are followed; hidden files and folders are not data."""
+    pictures, others, visited = [], Counter(), set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        if os.path.realpath(path) in visited:  # links can form a loop
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(path))
+        for name in files:
+            extension = os.path.splitext(name)[1].lower()
+            if extension in PICTURES and not is_hidden(name):
+                pictures.append(os.path.join(path, name))
+            elif not is_hidden(name):
+                others[extension] += 1
+    return sorted(pictures), others
+
+
+class BadCaption(ValueError):
+    """The reason why a sample has no caption that can be used."""
+
+
+def clean_captions(captions):
+    """A string or a list of them -> list of those that are not empty: no NUL, at most 10,000
+    characters each. Raises BadCaption for all else."""
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+        raise BadCaption("caption broken")
+    captions = [caption.replace("\0", " ").strip()[:10_000] for caption in captions]
+    captions = [caption for caption in captions if caption]
+    if not captions:
+        raise BadCaption("no caption")
+    return captions
+
+
+def txt_captions(raw):
+    """Bytes of a .txt -> captions, one a line."""
+    return raw.decode("utf-8-sig", errors="replace").replace("\r", "\n").split("\n")
+
+
+def json_captions(raw):
+    """Bytes of a .json -> what it has under `caption`, a string or a list, or None."""
+    try:
+        return json.loads(raw.decode("utf-8-sig", errors="replace"))["caption"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+# ------------------------------------------------------------------------------------------------
+# Sources: len(source) samples; source.read(i) -> (what `open_image` takes, its captions), or raises
+# what `skip_reason` names; source.left_out counts what is no sample at all
+
+
+def read_csv(path):
+    """-> [(picture, caption)]. In a file with tabs, quotation marks are letters like any other."""
+    text = read_text(path)
+    tabs = "\t" in text.partition("\n")[0]
+    how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+    rows = csv.reader(io.StringIO(text, newline=""), skipinitialspace=not tabs, **how)
+    swallowed = re.compile(r"\n.*\.(jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
+    pairs = []
+    try:
+        header = [name.strip() for name in next(rows, [])]
+        if not {"filepath", "title"} <= set(header):
+            raise ValueError(f"columns {', '.join(header) or 'none'}; wanted filepath and title")
+        for row in rows:
+            if len(row) > len(header) or any(map(swallowed.search, row)):
+                raise ValueError("more fields than columns, or a quotation mark that never closes")
+            row = dict(zip(header, row))
+            pairs.append((row.get("filepath", "").strip(), row.get("title", "")))
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{path}, line {rows.line_num}: {error}") from None
+    here = any(os.path.exists(name) for name, _ in pairs[:100])  # else relative to the list
+    base = "" if here else os.path.dirname(path)
+    return [(os.path.join(base, name), caption) for name, caption in pairs]
+
+
+def read_folder(folder, left_out):
+    """-> [(picture, captions)]. The Counter left_out gets the other files."""
+    pictures, others = list_pictures(folder)
+    if others[".tar"]:
+        raise ValueError(f"{folder} holds tar shards: give '{os.path.join(folder, '*.tar')}'")
+    left_out.update({f"{ext or 'other'} file": n for ext, n in others.items() if ext != ".txt"})
+    pairs = []
+    for picture in pictures:
+        texts = [Path(picture).with_suffix(ext) for ext in (".txt", ".TXT")]
+        texts = [text for text in texts if text.exists()]
+        pairs.append((picture, txt_captions(texts[0].read_bytes()) if texts else []))
+    return pairs
 
 
 class PairList:
-    """A list of pictures, each pass in another order. What cannot be read is replaced by another sample and counted."""
+    """A .csv or .tsv, or a folder."""
 
     def __init__(self, source):
-        self.pairs = read_list(source)
-
-    def sample(self, number, seed, size, scale, skipped):
-        rng = random.Random(seed << 48 | number)
-        turn, place = divmod(number, len(self.pairs))
-        chosen = order_of_pass(len(self.pairs), seed, turn)[place]
-        for _ in range(100):
-            path, caption = self.pairs[chosen]
+        self.pairs, self.left_out = [], Counter()
+        folder = os.path.isdir(source)
+        pairs = read_folder(source, self.left_out) if folder else read_csv(source)
+        for picture, captions in pairs:
             try:
-                return load_training_crop(path, size, scale, rng), caption
-            except Exception as error:   # Pillow's decoders raise nearly anything on damaged files
-                skipped[skip_reason(error)] += 1
-                chosen = rng.randrange(len(self.pairs))
-        raise ValueError(f"100 pictures in a row cannot be read, the last one {path}: {dict(skipped)}")
+                self.pairs.append((picture, clean_captions(captions)))
+            except BadCaption as error:
+                self.left_out[str(error)] += 1
+        if not self.pairs:
+            raise ValueError(f"{os.path.abspath(source)} holds no picture with a caption")
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def read(self, i):
+        return self.pairs[i]
 
 
-def skip_reason(error):
-    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return "picture too large"
-    return "picture missing" if isinstance(error, FileNotFoundError) else "picture broken"
+def expand_braces(pattern):
+    """As the shell does: {a,b}, {000..011}, nested ones."""
+    match = re.search(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if bounds:
+        first, last = int(bounds[1]), int(bounds[2])
+        step = 1 if first <= last else -1
+        items = [str(i).zfill(len(bounds[1])) for i in range(first, last + step, step)]
+    else:
+        items = match[1].split(",")
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    expanded = itertools.chain.from_iterable(expand_braces(before + i + after) for i in items)
+    return list(dict.fromkeys(expanded))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# tar shards
-
-def expand_shards(pattern):
-    """'a/{000..009}.tar', globs, several joined by :: -> the list of files. Raises ValueError for anything that is not there."""
+def expand_shards(source):
+    """'a/{000..009}.tar', globs, several joined by :: -> list of files. Raises ValueError for any
+    that is not there. A name that exists is taken as it is."""
     shards = []
-    for part in pattern.split("::"):
-        braces = re.search(r"\{(\d+)\.\.(\d+)\}", part)
-        if braces:
-            first, last = braces.groups()
-            numbers = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1))
-            shards += itertools.chain.from_iterable(expand_shards(part[:braces.start()] + n + part[braces.end():]) for n in numbers)
-        elif (found := sorted(glob.glob(part))) and all(map(os.path.isfile, found)):
+    for pattern in [source] if os.path.exists(source) else source.split("::"):
+        for name in [pattern] if os.path.exists(pattern) else expand_braces(pattern):
+            found = [name] if os.path.exists(name) else sorted(glob.glob(name))
+            if not found or not all(map(os.path.isfile, found)):
+                what = "not a file:" if found else "no file or folder matches"
+                raise ValueError(f"{what} {os.path.abspath(name)}")
             shards += found
-        else:
-            raise ValueError(f"{'no file matches' if not found else 'not a file:'} {os.path.abspath(part)}")
-    if not shards:
-        raise ValueError(f"{pattern!r} names no shard")
     return shards
 
 
-def is_tar(source):
-    return any(part.endswith(".tar") for part in source.split("::"))
+def scan_shard(path):
+    """Headers of a tar -> {name: (offset, size)}, broken links, the byte after which it is damaged
+    or -1. Python's tarfile ends silently at most kinds of damage, so the end is looked at:
+    an undamaged archive closes with zeros and nothing else."""
+    members, links, end, total, damaged = {}, {}, 0, os.path.getsize(path), True
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                name = os.path.normpath(member.name)
+                folder = os.path.dirname(name) if member.issym() else ""
+                if member.islnk() or member.issym():
+                    links[name] = os.path.normpath(os.path.join(folder, member.linkname))
+                elif member.isfile() and member.offset_data + member.size <= total:
+                    members.setdefault(name, (member.offset_data, member.size))
+                end = member.offset_data + math.ceil(member.size / 512) * 512
+        rest = read_slice(path, end, 2**20)
+        damaged = len(rest) < 512 or bool(rest.strip(b"\0"))
+    except (OSError, ValueError, tarfile.TarError):
+        pass
+    members |= {name: members[target] for name, target in links.items() if target in members}
+    return members, sum(name not in members for name in links), end if damaged else -1
+
+
+def make_index(path):
+    """-> int64 (1 + samples, 5). Row 0: the shard's size and time, damage, incomplete samples and
+    broken links. Others: offset and size of picture and caption, is the caption in a .json?"""
+    stat, (members, broken_links, damage) = os.stat(path), scan_shard(path)
+    samples, rows, incomplete = {}, [], 0
+    for name, place in members.items():
+        key, extension = os.path.splitext(name)
+        kind = "picture" if extension.lower() in PICTURES else extension.lower()
+        if not is_hidden(name):
+            samples.setdefault(key, {}).setdefault(kind, place)
+    for key, parts in samples.items():
+        text = parts.get(".txt") or parts.get(".json")
+        if "picture" in parts and text:
+            rows.append((*parts["picture"], *text, ".txt" not in parts))
+        elif key.rpartition(".")[0] not in samples:  # 1.seg.png belongs to 1.jpg
+            incomplete += 1
+    header = (stat.st_size, stat.st_mtime_ns, damage, incomplete, broken_links)
+    return np.array([header, *rows], dtype=np.int64)
 
 
 def index_shard(path):
-    """Read a shard's headers -> [(picture offset, size, caption offset, size, caption in json?)], extensions seen, warning or None.
+    """What `make_index` gives in a second for 10,000 samples, kept beside the shard (in ~/.cache
+    where that cannot be written), and made anew when the shard has changed."""
+    stat, name = os.stat(path), hashlib.sha1(os.fsencode(os.path.abspath(path))).hexdigest()
+    files = Path(f"{path}.index.npy"), Path.home() / ".cache" / "nanoeuclip" / f"{name}.npy"
+    for file in files:
+        with suppress(OSError, ValueError, EOFError, IndexError):  # none yet, or cut off
+            index = np.load(file)
+            if tuple(index[0, :2]) == (stat.st_size, stat.st_mtime_ns) and index.shape[1] == 5:
+                return index
+    index = make_index(path)
+    for file in files:
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(f"{file}.{os.getpid()}.tmp")
+            with open(temporary, "wb") as out:
+                np.save(out, index)
+            os.replace(temporary, file)  # whole, however many processes write it
+            break
+    return index
 
-    Members of one sample share their path up to the last dot and may stand anywhere. Python's tarfile ends silently at most kinds of
-    damage, so the end is looked at: an undamaged archive closes with zeros and nothing else.
-    """
-    groups, seen, end, warning = {}, Counter(), 0, None
-    try:
-        total = os.path.getsize(path)
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                whole = member.offset_data + member.size <= total
-                end = member.offset_data + -(-member.size // 512) * 512
-                key, suffix = os.path.splitext(member.name)
-                if member.isfile() and whole:
-                    seen[suffix.lower()] += 1
-                    kind = "picture" if suffix.lower() in PICTURES else suffix.lower()
-                    groups.setdefault(key, {}).setdefault(kind, (member.offset_data, member.size))   # of duplicate keys the first
-        with open(path, "rb") as file:
-            file.seek(end)
-            rest = file.read(1 << 20)
-            if len(rest) < 512 or rest.strip(b"\0"):   # a block of zeros in the middle is no end
-                warning = f"shard {path} is damaged or cut short after byte {end:,} of {total:,}; what follows is lost"
-    except (OSError, tarfile.TarError) as error:
-        warning = f"shard {path} cannot be read{' to its end' if groups else ''} ({error})"
-    samples = [(*g["picture"], *(g.get(".txt") or g[".json"]), ".txt" not in g) for g in groups.values()
-               if "picture" in g and (".txt" in g or ".json" in g)]
-    seen["incomplete samples"] = sum("picture" in g or ".txt" in g or ".json" in g or ".cls" in g for g in groups.values()) - len(samples)
-    return samples, seen, warning
+
+load_index = lru_cache(64)(index_shard)  # in a loading process: of the shards it is reading from
+
+
+def summarize_shard(path):
+    index = index_shard(path)
+    return len(index) - 1, index[0].tolist()
 
 
 class Shards:
-    """One reader's endless stream. Readers are the workers of all processes. Each pass deals the shards anew, permuted by (seed, pass);
-    a reader pools the samples of a few of its shards at a time and takes them in random order.
+    """Tar shards as img2dataset and webdataset write them."""
 
-    With fewer shards than readers several readers share a shard, each with its own samples. The cursor (pass, pool, place) after the
-    last sample taken is all it needs to go on.
-    """
-    POOL = 4   # shards
-
-    def __init__(self, source, seed):
-        self.shards, self.seed = expand_shards(source), seed
-
-    def samples(self, reader, readers, cursor, skipped, warnings):
-        """Yields (picture bytes, caption, cursor after it)."""
-        turn, pool, place = cursor
-        empty = 0   # passes in a row that gave this reader nothing
-        while True:
-            order = np.random.default_rng((self.seed, turn)).permutation(len(self.shards))
-            if len(order) >= readers:
-                mine, share, part = order[reader::readers], 1, 0
-            else:
-                mine, share = order[[reader % len(order)]], -(-(readers - reader % len(order)) // len(order))
-                part = (reader // len(order) + turn) % share   # in turn, so that a shard of few samples starves nobody
-            seen, taken = Counter(), 0
-            while pool * self.POOL < len(mine):
-                paths = [self.shards[i] for i in mine[pool * self.POOL:(pool + 1) * self.POOL]]
-                pooled = []
-                for path in paths:
-                    samples, extensions, warning = index_shard(path)
-                    pooled += [(path, *s) for s in samples][part::share]
-                    seen += extensions
-                    if warning and warning not in warnings:
-                        warnings.append(warning)
-                if place == 0:
-                    skipped["incomplete sample"] += seen.pop("incomplete samples", 0) if part == 0 else 0
-                shuffled = np.random.default_rng((self.seed, turn, reader, pool)).permutation(len(pooled))
-                for i in shuffled[place:]:
-                    place += 1
-                    path, at, size, text_at, text_size, is_json = pooled[i]
-                    try:
-                        with open(path, "rb") as file:
-                            picture, raw = (file.seek(a) and file.read(n) for a, n in ((at, size), (text_at, text_size)))
-                        caption = clean_caption(str(json.loads(raw).get("caption") or "").encode("utf-8", "replace")) if is_json else clean_caption(raw)
-                    except (OSError, ValueError, AttributeError) as error:
-                        skipped["shard unreadable" if isinstance(error, OSError) else "caption broken"] += 1
-                        continue
-                    if not caption:
-                        skipped["no caption"] += 1
-                        continue
-                    taken += 1
-                    yield picture, caption, (turn, pool, place)
-                pool, place = pool + 1, 0
-            empty = 0 if taken else empty + 1
-            if empty > 2 * len(self.shards) + readers:
-                raise ValueError(f"no sample in {empty} passes over {self.shards[mine[0]]}{' and others' if len(mine) > 1 else ''}: extensions seen "
-                                 f"{dict(seen)}, wanted {'/'.join(PICTURES)} with .txt or .json (key `caption`); {'; '.join(warnings)}")
-            turn, pool, place = turn + 1, 0, 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# batches
-
-class Maker:
-    """What both kinds of data set below share: pictures and captions to one batch."""
-
-    def __init__(self, source, seed, image_size, crop_scale, tokenizer, context_length):
-        self.source, self.seed = source, seed
-        self.image_size, self.crop_scale, self.tokenizer, self.context_length = image_size, crop_scale, tokenizer, context_length
-
-    def batch(self, images, captions, **more):
-        tokens = tokenize(captions, self.tokenizer, self.context_length)
-        lengths = (tokens == find_tokenizer(self.tokenizer)[1] - 1).int().argmax(1) + 1   # the first end token; there is one in each row
-        tokens = tokens[:, :lengths.max()]
-        index = (torch.arange(tokens.shape[1]) < lengths[:, None]).flatten().nonzero().squeeze(1)
-        return dict(images=torch.stack(images), tokens=tokens, index=index, **more)
-
-
-class AddressedBatches(Maker, Dataset):
-    """Item: a list of sample numbers (which DataLoader passes whole to __getitems__) -> batch."""
-
-    def __getitems__(self, numbers):
-        skipped = Counter()
-        try:
-            pairs = [self.source.sample(n, self.seed, self.image_size, self.crop_scale, skipped) for n in numbers]
-        except ValueError as error:
-            return dict(error=str(error))
-        return self.batch(*zip(*pairs), skipped=dict(skipped), warnings=[], cursor=None)
-
-
-class StreamedBatches(Maker, IterableDataset):
-    """Batches of one process from tar shards. `cursors`: where each worker of this process stands, the one whose turn it is first."""
-
-    def __init__(self, *args, batch_size, process, processes, workers, cursors):
-        super().__init__(*args)
-        self.batch_size, self.process, self.processes, self.workers, self.cursors = batch_size, process, processes, workers, cursors
-
-    def __iter__(self):
-        info = torch.utils.data.get_worker_info()
-        worker, cursor = self.cursors[info.id if info else 0]
-        skipped, warnings, images, captions, dropped, taken = Counter(), [], [], [], Counter(), 0
-        stream = self.source.samples(self.process * self.workers + worker, self.processes * self.workers, cursor, skipped, warnings)
-        try:
-            for picture, caption, cursor in stream:
-                try:   # decoding is part of the test whether a sample can be used; the crop depends on where the sample stands
-                    rng = random.Random(f"{self.seed} {self.process} {worker} {cursor}")
-                    images.append(load_training_crop(picture, self.image_size, self.crop_scale, rng))
-                except Exception as error:   # Pillow's decoders raise nearly anything on damaged files
-                    skipped[skip_reason(error)] += 1
-                    refuse_if_too_many_are_bad(dropped + skipped, taken)
-                    continue
-                captions.append(caption)
-                if len(images) == self.batch_size:
-                    yield self.batch(images, captions, skipped=dict(skipped), warnings=list(warnings), cursor=(worker, cursor))
-                    dropped, taken = dropped + skipped, taken + len(images)
-                    for part in skipped, warnings, images, captions:
-                        part.clear()
-        except ValueError as error:
-            yield dict(error=str(error))
-
-
-def refuse_if_too_many_are_bad(skipped, taken):
-    bad = sum(skipped.values())
-    if bad + taken >= 1000 and bad > 0.1 * (bad + taken):
-        raise ValueError(f"{bad} of {bad + taken} samples cannot be used: {dict(skipped)}")
-
-
-def leave_signals_to_the_trainer(worker):
-    """A signal goes to all processes of a group; the one that trains finishes its step and ends the loading ones. Should it not, they
-    end by themselves when torchrun's patience (30 s) is over: SIGTERM is also how Python ends what it waits for when it exits."""
-    def end_later(number, frame):
-        timer = threading.Timer(30, os._exit, (0,))
-        timer.daemon = True
-        timer.start()
-    signal.signal(signal.SIGTERM, end_later)
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-class Steps:
-    """The sample numbers of this process's share of every global batch from step `first` on."""
-
-    def __init__(self, first, batch_size, process, processes):
-        self.first, self.batch_size, self.process, self.processes = first, batch_size, process, processes
-
-    def __iter__(self):
-        share = self.batch_size // self.processes
-        for step in itertools.count(self.first):
-            start = step * self.batch_size + self.process * share
-            yield range(start, start + share)
-
-
-def as_it_is(batch):
-    return batch
-
-
-class Batches:
-    """The endless training stream of one process.
-
-    Iterating gives dicts: images uint8 (N, 3, H, W), tokens int64 (N, T) cut to the longest caption, index int64 (R,) flat positions of
-    the real tokens. `state` says where the stream stands after the last batch taken: those of all processes, passed in as `states` with the
-    number of steps done, let it go on from there. `skipped` counts dropped samples by reason, with those of the run before. Raises
-    ValueError when more than a tenth of a thousand samples had to be dropped.
-    """
-
-    def __init__(self, source, batch_size, image_size, tokenizer, context_length, crop_scale=0.9, seed=0, process=0, processes=1,
-                 workers=0, step=0, states=None, skipped=None, pin_memory=False):
-        counts = [Counter(c) for c in skipped or ()]   # of the processes before; how many they were does not matter
-        self.skipped_before = sum(counts, Counter()) if process == 0 else Counter()
-        self.dropped, self.taken, self.warned, readers = Counter(), 0, set(), max(1, workers)
-        settings = dict(num_workers=workers, pin_memory=pin_memory, prefetch_factor=4 if workers else None, worker_init_fn=leave_signals_to_the_trainer)
-        share, recipe = batch_size // processes, (seed, image_size, crop_scale, tokenizer, context_length)
-        if is_tar(source):
-            turn = 0
-            if states and [len(s) for s in states] != [readers] * processes:   # other readers: each sample belongs to somebody else now
-                turn, states = 1 + max(c[0] for s in states for _, c in s), None
-                print(f"the numbers of processes or workers have changed: going on with pass {turn + 1} over the shards", flush=True)
-            self.state = [(w, tuple(c)) for w, c in states[process]] if states else [(w, (turn, 0, 0)) for w in range(readers)]
-            data = StreamedBatches(Shards(source, seed), *recipe, batch_size=share, process=process, processes=processes,
-                                   workers=readers, cursors=list(self.state))
-            self.loader = DataLoader(data, batch_size=None, collate_fn=as_it_is, **settings)
-        else:
-            self.state = None
-            data = AddressedBatches(Shapes() if source == "shapes" else PairList(source), *recipe)
-            self.loader = DataLoader(data, batch_sampler=Steps(step, batch_size, process, processes), collate_fn=as_it_is, **settings)
-
-    @property
-    def skipped(self):
-        return self.skipped_before + self.dropped
-
-    def __iter__(self):
-        for batch in self.loader:
-            if "error" in batch:
-                raise ValueError(batch["error"])
-            self.dropped.update(batch.pop("skipped"))
-            for warning in set(batch.pop("warnings")) - self.warned:
-                self.warned.add(warning)
-                print(f"warning: {warning}", flush=True)
-            cursor = batch.pop("cursor")
-            if cursor:   # workers take turns: the one that has just delivered goes to the end of the queue
-                self.state = self.state[1:] + [cursor]
-            self.taken += len(batch["images"])
-            refuse_if_too_many_are_bad(self.dropped, self.taken)
-            yield batch
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# held-out data
-
-def load_item(item, size):
-    """A path, bytes, or the number of a held-out shape -> uint8 (3, size, size), the evaluation crop."""
-    return held_out_shape(item, size) if isinstance(item, int) else load_image(item, size)
-
-
-class Pictures(Dataset):
-    """Items: paths, bytes, or numbers of held-out shapes -> uint8 (3, size, size), the evaluation crop; a sentence where there is none."""
-
-    def __init__(self, items, size):
-        self.items, self.size = items, size
+    def __init__(self, source, verbose=True):
+        self.paths, self.left_out, counts = expand_shards(source), Counter(), []
+        with ProcessPoolExecutor(min(len(self.paths), os.cpu_count())) as pool:
+            for path, summary in zip(self.paths, pool.map(summarize_shard, self.paths)):
+                count, (size, _, damage, incomplete, broken_links) = summary
+                counts.append(count)
+                self.left_out += Counter({"incomplete sample": incomplete, "link": broken_links})
+                if damage >= 0:
+                    self.left_out["damaged shard"] += 1
+                    if verbose:
+                        print(f"warning: shard {path} is damaged after byte {damage:,} of {size:,}")
+                if verbose and len(counts) % 100 == 0:
+                    print(f"{len(counts):,} of {len(self.paths):,} shards indexed", flush=True)
+        self.ends = np.cumsum(counts)  # shard s has the samples from ends[s - 1] to ends[s] - 1
+        if len(self) == 0:
+            seen = dict(Counter(os.path.splitext(name)[1] for name in scan_shard(self.paths[0])[0]))
+            wanted = f"{' '.join(PICTURES)} with .txt or .json (key `caption`)"
+            raise ValueError(f"no sample in {source}; {self.paths[0]} has {seen}; wanted {wanted}")
 
     def __len__(self):
-        return len(self.items)
+        return int(self.ends[-1])
 
-    def __getitem__(self, i):
-        item = self.items[i]
-        try:
-            return load_item(item, self.size)
-        except Exception as error:   # Pillow's decoders raise nearly anything on damaged files
-            return f"picture {i} ({item if isinstance(item, str) else f'{len(item):,} bytes'}) cannot be read: {error}"
-
-
-def stack_pictures(items):
-    """What came out of `Pictures` -> uint8 (N, 3, size, size) of those that could be read, {place in the batch: sentence} of the others."""
-    good = [i for i in items if not isinstance(i, str)]
-    return torch.stack(good) if good else (), {n: i for n, i in enumerate(items) if isinstance(i, str)}
+    def read(self, i):
+        shard = int(np.searchsorted(self.ends, i, side="right"))
+        path, index = self.paths[shard], load_index(self.paths[shard])
+        *places, in_json = index[i - self.ends[shard] + len(index)].tolist()
+        raw = read_slice(path, *places[2:])
+        captions = json_captions(raw) if in_json else txt_captions(raw)
+        return (path, *places[:2]), clean_captions(captions)
 
 
-def held_out_pairs(source):
-    """A data source, read once, in a fixed order -> (pictures for `Pictures`, [caption]), matching one to one."""
+def open_source(source, verbose=True):
+    """-> PairList or Shards; None for shapes. Raises ValueError."""
     if source == "shapes":
-        twos = range(HELD_OUT, 2 * HELD_OUT)
-        return list(twos), [describe(held_out_scenes()[i], 4, None) for i in twos]
-    if is_tar(source):
-        stream = Shards(source, 0).samples(0, 1, (0, 0, 0), Counter(), [])
-        pairs = [(picture, caption) for picture, caption, _ in itertools.takewhile(lambda sample: sample[2][0] == 0, stream)]
-    else:
-        pairs = read_list(source)
-    return [p for p, _ in pairs], [c for _, c in pairs]
+        return None
+    is_list = source.lower().endswith((".csv", ".tsv")) and os.path.isfile(source)
+    return PairList(source) if is_list or os.path.isdir(source) else Shards(source, verbose)
+
+
+def held_out_pairs(source, verbose=True):
+    """A source, for evaluation -> items (for `load_item`), captions, each caption's item (index),
+    a Counter of what was left out. A picture in several rows is one item with several captions."""
+    if source == "shapes":
+        items = list(range(HELD_OUT, 2 * HELD_OUT))
+        return items, [describe(held_out_scenes()[i], 4) for i in items], range(HELD_OUT), Counter()
+    source = open_source(source, verbose)
+    captions_of, left_out = {}, Counter(source.left_out)
+    for i in range(len(source)):
+        try:
+            item, captions = source.read(i)
+            captions_of.setdefault(item, []).extend(captions)
+        except (BadCaption, OSError) as error:
+            left_out[skip_reason(error)] += 1
+    image_of_caption = [i for i, texts in enumerate(captions_of.values()) for _ in texts]
+    return list(captions_of), sum(captions_of.values(), []), image_of_caption, left_out
+
+
+# ------------------------------------------------------------------------------------------------
+# the training stream: the batch of step s is a function of (seed, s) alone
+
+
+@lru_cache(16)
+def permutation(count, *seed):
+    return np.random.default_rng(seed).permutation(count)
+
+
+def shuffled(number, count, seed, block=2**16):
+    """Number in the endless stream -> index of a sample. Every epoch has each sample once: blocks
+    of neighbours in random order (a shorter one last), the samples of a block in random order. So
+    only a few shards are in use at a time."""
+    epoch, i = divmod(number, count)
+    b, i = divmod(i, block)
+    if b < count // block:
+        b = int(permutation(count // block, seed, epoch)[b])
+    size = min(block, count - b * block)
+    return b * block + int(permutation(size, seed, epoch, b)[i])
+
+
+def skip_reason(error):
+    if isinstance(error, BadCaption):
+        return str(error)
+    if isinstance(error, Image.DecompressionBombError):
+        return "picture too large"
+    return "file missing" if isinstance(error, FileNotFoundError) else "picture broken"
+
+
+class Samples(Dataset):
+    """Number in the endless stream -> picture, caption, Counter of what was skipped on the way."""
+
+    def __init__(self, source, seed, size, crop_scale):
+        self.source, self.seed, self.size, self.crop_scale = source, seed, size, crop_scale
+
+    def __getitem__(self, number):
+        rng, skipped = random.Random(self.seed << 48 | number), Counter()
+        if self.source is None:
+            return *draw_sample(rng, self.size), skipped
+        i = shuffled(number, len(self.source), self.seed)
+        for _ in range(100):
+            try:
+                item, captions = self.source.read(i)
+                caption = rng.choice(captions)
+                return load_training_crop(item, self.size, self.crop_scale, rng), caption, skipped
+            except Exception as error:  # Pillow raises nearly anything on damaged files
+                skipped[skip_reason(error)] += 1
+            i = rng.randrange(len(self.source))  # another one instead
+        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), "", skipped
+
+
+class BatchSampler:
+    """The sample numbers of this process's part of every batch, from step `first` on."""
+
+    def __init__(self, first, batch_size, rank, world_size):
+        self.first, self.batch_size, self.rank = first, batch_size, rank
+        self.local = batch_size // world_size
+
+    def __iter__(self):
+        for step in itertools.count(self.first):
+            start = step * self.batch_size + self.rank * self.local
+            yield range(start, start + self.local)
+
+
+def collate(samples, tokenizer, context_length):
+    """-> images uint8 (N, 3, H, W), tokens int64 (N, T), Counter. T is a multiple of 8."""
+    images, captions, skipped = zip(*samples)
+    images, tokens = torch.stack(images), tokenize(captions, tokenizer, context_length)
+    longest = int((tokens == vocab_size(tokenizer) - 1).int().argmax(1).max()) + 1
+    tokens = tokens[:, : 8 * math.ceil(longest / 8)].contiguous()
+    if get_worker_info():  # here, so that an error reaches the training; later it would be a hang
+        images.share_memory_()
+    return images, tokens, sum(skipped, Counter())
+
+
+class LoadingError(RuntimeError):
+    """No data can come any more."""
+
+
+def ignore_signals(worker):
+    """A signal goes to all processes of a group, but the training itself ends its workers. Python,
+    too, ends its children with SIGTERM when it exits: therefore that works after some seconds."""
+
+    def exit_later(number, frame):
+        timer = threading.Timer(5, os._exit, (0,))
+        timer.daemon = True
+        timer.start()
+
+    signal.signal(signal.SIGTERM, exit_later)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def load(dataset, **settings):
+    """What a DataLoader gives. Raises LoadingError, in one sentence, when a worker has failed."""
+    loader = DataLoader(dataset, worker_init_fn=ignore_signals, **settings)
+    try:
+        iterator = iter(loader)
+        if loader.num_workers:  # a death is noticed when a batch is missing, not in mid-step
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from iterator
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise LoadingError(f"loading data failed ({reason}). If memory or /dev/shm is short, use "
+                           "fewer --workers, or 0; in Docker: --shm-size=8g") from None  # fmt: skip
+
+
+def batches(source, config, batch_size, crop_scale=0.9, seed=0, rank=0, world_size=1, workers=0,
+            step=0, skipped=None, pin_memory=False):  # fmt: skip
+    """Endless (images, tokens) of this process. source: from `open_source`; config: the model's.
+    The Counter `skipped` grows. Raises LoadingError if too many samples are bad."""
+    skipped, taken, bad = Counter() if skipped is None else skipped, 0, 0
+    text = {"tokenizer": config.tokenizer, "context_length": config.context_length}
+    loader = load(
+        Samples(source, seed, config.image_size, crop_scale),
+        batch_sampler=BatchSampler(step, batch_size, rank, world_size),
+        collate_fn=partial(collate, **text), num_workers=workers, pin_memory=pin_memory,
+    )  # fmt: skip
+    for images, tokens, lost in loader:
+        skipped.update(lost)
+        taken, bad = taken + len(images), bad + sum(lost.values())
+        if bad >= 100 and bad > 0.1 * (bad + taken):
+            raise LoadingError(f"{bad:,} of {bad + taken:,} samples are bad: {dict(skipped)}")
+        yield images, tokens

@@ -1,253 +1,254 @@
-"""What a model is worth on pictures it has never seen: zero-shot classification and retrieval.
+"""Zero-shot classification, retrieval, and the way from a picture to the root.
 
-    python evaluate.py out/ckpt.pt                                               # on the held-out data of its training
+    python evaluate.py out/ckpt.pt                                # held-out data of its training
     python evaluate.py ckpt.pt --classification imagenet/val --classnames names.txt
     python evaluate.py ckpt.pt --retrieval dataset_coco.json --images coco --split test
-    python evaluate.py out/ckpt.pt --traverse photo.jpg --captions captions.txt  # from the specific to the general, down to the root
-    python evaluate.py out/ckpt.pt --query "a red circle" --images photos        # search a folder in your own words
+    python evaluate.py out/ckpt.pt --traverse photo.jpg --captions captions.txt
+    python evaluate.py out/ckpt.pt --query "a red circle" --images photos
 
-The measures are pure functions of embeddings. Ties count against us: a right answer that shares its similarity with k wrong ones ranks
-below all of them, so a model that gives everybody the same embedding scores 0 and not 100 %. Similarities are the training's own, in
-float32, a block of rows at a time.
+Ties count against the model: a right answer that is as similar as k wrong ones ranks below all of
+them. So a model that gives everything the same embedding scores 0 and not 100 %.
 
-Axes: N pictures, M captions or classes, P prompts, S steps, D embedding width.
+Axes: N pictures, M captions or classes, S steps, L levels of generality, D embedding width.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
+
 import argparse
-import contextlib
 import itertools
 import json
 import math
-import os
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
+import torch.distributed as dist
+from torch.utils.data import Dataset
 
 import data
-import geometry as geo
-from model import load_model, read_checkpoint
+from model import load_model, rank, world_size
 
-BLOCK = 1024   # rows of a similarity matrix that exist at once
-CONES = 64     # of these, whose pairs need D numbers each
-STEPS = 50     # from a picture to the root, as in MERU
+PROMPTS = ["a photo of a {}.", "a picture of a {}.", "a close-up photo of a {}.",
+           "a good photo of the {}.", "a drawing of a {}."]  # fmt: skip
+STEPS = 50  # on the way to the root, as in MERU
 
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# measures
-
-def check_finite(**embeddings):
-    for name, x in embeddings.items():
-        if not torch.isfinite(x).all():
-            raise ValueError(f"{int((~torch.isfinite(x)).any(1).sum())} of {len(x)} {name} embeddings are not finite; no ranking is possible")
+# ------------------------------------------------------------------------------------------------
+# embeddings: of several processes each embeds a part, and all get all
 
 
-def ranks(similarity, queries, candidates, is_match):
-    """How many wrong candidates are at least as close as the best right one, per query: 0 = right at once.
+class Pictures(Dataset):
+    """What `data.load_item` takes -> uint8 (3, size, size), could it be read?"""
 
-    queries (N, D), candidates (M, D), is_match(i, j) on broadcast index tensors -> bool -> int64 (N,). NaN in, ValueError out.
-    """
-    check_finite(query=queries, candidate=candidates)
-    numbers, found = torch.arange(len(candidates), device=queries.device), []
-    for start in range(0, len(queries), BLOCK):
-        block = similarity(queries[start:start + BLOCK], candidates)                                # (block, M)
-        match = is_match(torch.arange(start, start + len(block), device=queries.device)[:, None], numbers)
-        best = block.masked_fill(~match, -math.inf).amax(1, keepdim=True)
-        found.append(((block >= best) & ~match).sum(1))
-    return torch.cat(found).cpu()
+    def __init__(self, items, size):
+        self.items, self.size = items, size
 
+    def __len__(self):
+        return len(self.items)
 
-def share_within(ranks, k, candidates):
-    """Share of queries whose right answer is among the first k -> float, or None where k is no real choice among so few candidates."""
-    return (ranks < k).double().mean().item() if k <= candidates and len(ranks) else None
+    def __getitem__(self, i):
+        try:
+            return data.load_item(self.items[i], self.size), True
+        except Exception:  # Pillow raises nearly anything on damaged files
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), False
 
 
-def zero_shot_metrics(similarity, images, classes, labels):
-    """images (N, D), classes (M, D), labels int64 (N,) -> dict: top1, top5 (None below five classes), classes, mean_per_class_recall,
-    per_class. Chance is 1/M and 5/M."""
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
-        raise ValueError(f"labels run from {int(labels.min())} to {int(labels.max())}, but there are {len(classes)} classes")
-    labels = labels.to(images.device)
-    found = ranks(similarity, images, classes, lambda i, j: labels[i] == j)
-    labels = labels.cpu()
-    per_class = [share_within(found[labels == c], 1, len(classes)) for c in range(len(classes))]
-    present = [r for r in per_class if r is not None]
-    return dict(top1=share_within(found, 1, len(classes)), top5=share_within(found, 5, len(classes)), classes=len(classes),
-                pictures=len(images), mean_per_class_recall=sum(present) / len(present), per_class=per_class)
-
-
-def retrieval_metrics(similarity, images, texts, owner):
-    """images (N, D), texts (M, D), owner int64 (M,): the picture each caption belongs to; any number of captions per picture.
-
-    -> dict: i2t_r1, i2t_r5, i2t_r10 (a picture is right if any of its captions is among the first k; pictures without captions do not
-    ask, but can be found), t2i_r1, ..., mean_r1 (DataComp's figure), and the chance level of each under `chance`.
-    """
-    N, M = len(images), len(texts)
-    owner = owner.to(images.device)
-    i2t = ranks(similarity, images, texts, lambda i, j: owner[j] == i)
-    t2i = ranks(similarity, texts, images, lambda i, j: owner[i] == j)
-    captions = torch.bincount(owner.cpu(), minlength=N)
-    i2t, asked = i2t[captions > 0], Counter(captions[captions > 0].tolist())
-    out, chance = {}, {}
-    for k in (1, 5, 10):
-        out[f"i2t_r{k}"], out[f"t2i_r{k}"] = share_within(i2t, k, M), share_within(t2i, k, N)
-        chance[f"t2i_r{k}"] = min(1, k / N)   # i2t: 1 - the chance that k captions drawn without return are all somebody else's
-        missed = {c: math.prod(max(0, M - c - i) / max(1, M - i) for i in range(k)) for c in asked}
-        chance[f"i2t_r{k}"] = sum(n * (1 - missed[c]) for c, n in asked.items()) / max(1, len(i2t))
-    both = out["i2t_r1"], out["t2i_r1"]
-    return out | dict(mean_r1=None if None in both else sum(both) / 2, pictures=N, captions=M, chance=chance)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# embeddings of many pictures and texts
-
-class Progress:
-    """One line that counts up with the time left, on a terminal only; silent for what takes less than two seconds."""
-
-    def __init__(self, what, total):
-        self.what, self.total, self.start = what, total, time.monotonic()
-
-    def __call__(self, done):
-        passed = time.monotonic() - self.start
-        if sys.stderr.isatty() and passed > 2:
-            left = passed / done * (self.total - done)
-            print(f"\r{self.what} {done:,}/{self.total:,}, {left:.0f} s left ", end="" if done < self.total else "\n", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def evaluating(model, dtype=None):
-    """Eval mode, no gradients, autocast where asked; the model is left as it was found."""
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            yield device
-    finally:
-        model.train(was_training)
-
-
-def encode_pictures(model, items, batch_size=64, workers=0, dtype=None, unreadable=None):
-    """items: paths, bytes, or numbers of held-out shapes -> embeddings (N, D), in order, on the model's device. Raises ValueError for one
-    that cannot be read; where a dict `unreadable` is given, it is left out and told there: number -> sentence."""
-    progress, done = Progress("pictures", len(items)), 0
-    with evaluating(model, dtype) as device:
-        parts = [torch.empty(0, model.config.embed_dim, device=device)]
-        for images, faults in DataLoader(data.Pictures(items, model.config.image_size), batch_size, num_workers=workers,
-                                         collate_fn=data.stack_pictures, worker_init_fn=data.leave_signals_to_the_trainer):
-            if faults and unreadable is None:   # left out, it would make the figure another one
-                raise ValueError(next(iter(faults.values())))
-            if faults:
-                unreadable.update({done + i: sentence for i, sentence in faults.items()})
-            if len(images):
-                parts.append(model.encode_image(images.to(device)))
-            done += len(images) + len(faults)
-            progress(done)
-    return torch.cat(parts)
-
-
-def encode_texts(model, texts, batch_size=64, dtype=None):
-    """texts: list of N strings -> embeddings (N, D), in order."""
-    progress, parts, config = Progress("captions", len(texts)), [], model.config
-    V = data.find_tokenizer(config.tokenizer)[1]
-    if V != config.vocab_size:
-        raise ValueError(f"tokenizer {config.tokenizer} has {V:,} tokens, the model {config.vocab_size:,}; give --tokenizer")
-    with evaluating(model, dtype) as device:
-        for start in range(0, len(texts), batch_size):
-            tokens = data.tokenize(texts[start:start + batch_size], config.tokenizer, config.context_length)
-            parts.append(model.encode_text(tokens.to(device)))
-            progress(min(len(texts), start + batch_size))
-    return torch.cat(parts)
-
-
-def encode_classes(model, names, templates, batch_size=64, dtype=None):
-    """names of M classes, P templates -> one embedding per class (M, D): the geometry's own average of its prompts."""
-    prompts = encode_texts(model, [t.replace("{}", n) for t in templates for n in names], batch_size, dtype)
-    return geo.average(prompts.unflatten(0, (len(templates), len(names))), model.config.geometry)
-
-
-def for_texts(how):
-    """Options of `encode_pictures` -> those that `encode_texts` has as well."""
-    return {k: v for k, v in how.items() if k != "workers"}
-
-
-def similarity_of(model):
-    def function(x, y):
-        with torch.no_grad():
-            return model.similarity(x, y)
-    return function
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# protocols: each returns its numbers and a sentence that says how they were made
-
-PROMPTS = ["a photo of a {}.", "a picture of a {}.", "a close-up photo of a {}.", "a good photo of the {}.", "a drawing of a {}."]
-
-
-def zero_shot(model, items, labels, names, templates, **how):
-    images, classes = encode_pictures(model, items, **how), encode_classes(model, names, templates, **for_texts(how))
-    protocol = f"{len(items)} pictures, {len(names)} classes, {model.row.average_is} of {len(templates)} prompts, ranked by {model.config.geometry}/{model.logit}"
-    return zero_shot_metrics(similarity_of(model), images, classes, torch.tensor(labels)) | dict(protocol=protocol, class_names=names)
-
-
-def retrieval(model, items, captions, owner, **how):
-    images, texts = encode_pictures(model, items, **how), encode_texts(model, captions, **for_texts(how))
-    protocol = f"{len(items)} pictures, {len(captions)} captions, any match counts, ranked by {model.config.geometry}/{model.logit}"
-    return retrieval_metrics(similarity_of(model), images, texts, torch.tensor(owner)) | dict(protocol=protocol)
-
-
-def held_out_source(recipe):
-    """The flags of a training -> the data source that judges it, or None."""
-    return recipe.get("val_data") or ("shapes" if recipe.get("data") == "shapes" else None)
-
-
-def held_out(model, source, pairs=None, **how):
-    """The held-out data of a source -> {"zero_shot": ..., "retrieval": ...}; zero-shot for `shapes` only. `pairs`: the data, if read already."""
-    items, captions = pairs or data.held_out_pairs(source)
-    results = dict(zero_shot=None, retrieval=retrieval(model, items, captions, range(len(items)), **how))
-    results["retrieval"]["protocol"] += f", held out from {source}" if source == "shapes" else f", {source}"
-    if source == "shapes":
-        scenes = data.held_out_scenes()[:data.HELD_OUT]
-        labels = [data.SHAPE_CLASSES.index(" ".join(data.KINDS[first][1:])) for first, _, _ in scenes]
-        results["zero_shot"] = zero_shot(model, list(range(data.HELD_OUT)), labels, data.SHAPE_CLASSES, data.SHAPE_TEMPLATES, **how)
-    return results
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# the hierarchy: on the way from a picture to the root, captions turn from specific to general
-
-def last_min_radius(recipe):
-    """The K that a training was to end with; of a foreign checkpoint the default."""
-    last = recipe.get("final_min_radius")
-    return recipe.get("min_radius", 0.1) if last is None else last
-
-
-def uses_cones(model):
-    """Was it trained with an entailment loss? Of a foreign checkpoint with cones this is taken to be so."""
-    return model.row.cone is not None and model.recipe.get("entailment_weight", 1) > 0
+def gather_rows(mine, total):
+    """Rows rank, rank + world_size, ... of `total` -> all rows (total, D), on every process."""
+    if world_size() == 1:
+        return mine
+    parts, rows = [None] * world_size(), mine.new_empty(total, mine.shape[1])
+    dist.all_gather_object(parts, mine.cpu())
+    for r, part in enumerate(parts):
+        rows[r :: world_size()] = part.to(rows)
+    return rows
 
 
 @torch.no_grad()
-def traverse(model, images, texts, cones):
-    """The captions retrieved on straight paths from pictures to the root.
+def embed_images(model, items, batch_size=64, workers=0):
+    """Items -> embeddings (N, D) of the N that can be read, and which those are, a list."""
+    device, rows = model.logit_scale.device, []
+    pictures = Pictures(items[rank() :: world_size()], model.config.image_size)
+    for images, readable in data.load(pictures, batch_size=batch_size, num_workers=workers):
+        x = model.encode_image(images.to(device))
+        rows.append(x.masked_fill(~readable[:, None].to(device), math.inf))
+    rows.append(torch.empty(0, model.config.embed_dim, device=device))
+    rows = gather_rows(torch.cat(rows), len(items))
+    kept = (~rows.isinf().all(1)).nonzero().squeeze(1)
+    if len(kept) == 0:
+        raise ValueError(f"none of {len(items)} pictures can be read, the first is {items[0]}")
+    return rows[kept], kept.tolist()
 
-    images (N, D), texts (M, D) embeddings -> for each picture [(step, text)]: at each of S steps the nearest text, listed at the step where
-    it first appears; M stands for the root, a candidate everywhere, which wins ties. cones: only texts whose cone holds the point are
-    candidates. clip: the root is the mean of the embeddings given. Source: MERU (50 steps, with cones); EuCLIP, Figures 3 and 5.
+
+@torch.no_grad()
+def embed_texts(model, texts, batch_size=64):
+    """M strings -> embeddings (M, D)."""
+    c, device = model.config, model.logit_scale.device
+    if data.vocab_size(c.tokenizer) != c.vocab_size:
+        raise ValueError(f"the model has {c.vocab_size:,} tokens; which --tokenizer has as many?")
+    mine, rows = texts[rank() :: world_size()], [torch.empty(0, c.embed_dim, device=device)]
+    for start in range(0, len(mine), batch_size):
+        tokens = data.tokenize(mine[start : start + batch_size], c.tokenizer, c.context_length)
+        rows.append(model.encode_text(tokens.to(device)))
+    return gather_rows(torch.cat(rows), len(texts))
+
+
+def embed_classes(model, names, templates):
+    """One embedding per class (M, D): the mean of its prompts, back on the space. This is the
+    authors' way: only means on the sphere are normalised."""
+    prompts = [template.replace("{}", name) for template in templates for name in names]
+    prompts = embed_texts(model, prompts).unflatten(0, (len(templates), len(names)))
+    return model.geometry.project(prompts.mean(0))
+
+
+# ------------------------------------------------------------------------------------------------
+# metrics: fractions of 1, None where undefined
+
+
+@torch.no_grad()
+def wrong_before_right(similarity, queries, candidates, is_match, block=1024):
+    """How many wrong candidates are at least as similar as the best right one, per query.
+
+    queries (N, D), candidates (M, D), is_match(i, j) on broadcast indices -> int64 (N,), 0 is best.
+    Raises ValueError for embeddings that are not finite: NaN would rank first."""
+    for name, x in (("query", queries), ("candidate", candidates)):
+        bad = int((~x.isfinite()).any(1).sum())
+        if bad:
+            raise ValueError(f"{bad} of {len(x)} {name} embeddings are not finite: no ranking")
+    counts, columns = [], torch.arange(len(candidates), device=queries.device)
+    for rows in torch.arange(len(queries), device=queries.device).split(block):
+        similarities = similarity(queries[rows], candidates)  # (block, M)
+        match = is_match(rows[:, None], columns)
+        best = similarities.masked_fill(~match, -math.inf).amax(1, keepdim=True)
+        counts.append(((similarities >= best) & ~match).sum(1))
+    return torch.cat(counts).cpu()
+
+
+def recall_at_k(wrong, k, candidates):
+    """Fraction of queries with a right answer among the first k; None if there are fewer than k."""
+    return (wrong < k).double().mean().item() if k <= candidates and len(wrong) else None
+
+
+def zero_shot_metrics(similarity, images, classes, labels):
+    """images (N, D), classes (M, D), labels int64 (N,) -> dict."""
+    M, labels = len(classes), labels.to(images.device)
+    if int(labels.min()) < 0 or int(labels.max()) >= M:
+        raise ValueError(f"labels run from {labels.min()} to {labels.max()}, of {M} classes")
+    wrong = wrong_before_right(similarity, images, classes, lambda i, j: labels[i] == j)
+    per_class = [recall_at_k(wrong[labels.cpu() == c], 1, M) for c in labels.unique().cpu()]
+    chance = {"top1": 1 / M, "top5": 5 / M if M >= 5 else None, "mean_per_class_recall": 1 / M}
+    return {"top1": recall_at_k(wrong, 1, M), "top5": recall_at_k(wrong, 5, M), "classes": M,
+            "mean_per_class_recall": sum(per_class) / len(per_class), "chance": chance}  # fmt: skip
+
+
+def retrieval_metrics(similarity, images, texts, image_of_caption):
+    """images (N, D), texts (M, D), image_of_caption int64 (M,), any number per image -> dict.
+
+    i2t_r1, ...: of the images with captions, those with any of them among the first k texts.
+    t2i_r1, ...: of the texts, those with their image among the first k. mean_r1: of both."""
+    N, M, owner = len(images), len(texts), image_of_caption.to(images.device)
+    i2t = wrong_before_right(similarity, images, texts, lambda i, j: owner[j] == i)
+    t2i = wrong_before_right(similarity, texts, images, lambda i, j: owner[i] == j)
+    captions = torch.bincount(owner.cpu(), minlength=N)
+    i2t, captions = i2t[captions > 0], captions[captions > 0].tolist()
+    out, chance = {}, {}
+    for k in (1, 5, 10):
+        out[f"i2t_r{k}"], out[f"t2i_r{k}"] = recall_at_k(i2t, k, M), recall_at_k(t2i, k, N)
+        # an image misses by chance if all of k texts, drawn without return, are of other images
+        missed = [math.prod(max(0, M - n - i) / max(1, M - i) for i in range(k)) for n in captions]
+        chance[f"i2t_r{k}"] = 1 - sum(missed) / len(missed)
+        chance[f"t2i_r{k}"] = min(1, k / N)
+    r1 = out["i2t_r1"], out["t2i_r1"]
+    return out | {"mean_r1": None if None in r1 else sum(r1) / 2, "chance": chance}
+
+
+# ------------------------------------------------------------------------------------------------
+# tasks: metrics of a model, and a sentence that says how they came about
+
+
+def protocol(model, what, left_out=()):
+    missing = ", ".join(f"{n} {why}" for why, n in Counter(left_out).items() if n)
+    ranked = f"{what}, ranked by {model.config.geometry}/{model.config.logit}"
+    return {"protocol": ranked + (f"; left out: {missing}" if missing else "")}
+
+
+def zero_shot(model, items, labels, names, templates, **loading):
+    images, kept = embed_images(model, items, **loading)
+    classes = embed_classes(model, names, templates)
+    metrics = zero_shot_metrics(model.similarity, images, classes, torch.tensor(labels)[kept])
+    what = f"{len(kept)} pictures, {len(names)} classes, mean of {len(templates)} prompts"
+    return metrics | protocol(model, what, {"unreadable": len(items) - len(kept)})
+
+
+def retrieval(model, items, captions, image_of_caption, left_out=(), **loading):
+    images, kept = embed_images(model, items, **loading)
+    row = {item: i for i, item in enumerate(kept)}
+    pairs = [(caption, row[i]) for caption, i in zip(captions, image_of_caption) if i in row]
+    if not pairs:
+        raise ValueError("no picture that can be read has a caption")
+    texts = embed_texts(model, [caption for caption, _ in pairs])
+    owner = torch.tensor([i for _, i in pairs])
+    metrics = retrieval_metrics(model.similarity, images, texts, owner)
+    what = f"{len(images)} pictures, {len(texts)} captions, any match counts"
+    left_out = Counter(left_out) + Counter(unreadable=len(items) - len(kept))
+    return metrics | protocol(model, what, left_out)
+
+
+def held_out_source(train_config):
+    """The flags of a training -> the data source that it is evaluated on, or None."""
+    shapes = "shapes" if train_config.get("data") == "shapes" else None
+    return train_config.get("val_data") or shapes
+
+
+def held_out(model, source, pairs, **loading):
+    """Held-out data (a source, and its `data.held_out_pairs`) -> results by task."""
+    results = {"retrieval": retrieval(model, *pairs, **loading)}
+    if source == "shapes":
+        scenes = data.held_out_scenes()[: data.HELD_OUT]
+        classes = [" ".join(data.OBJECTS[first][1:]) for first, _, _ in scenes]
+        labels = [data.SHAPE_CLASSES.index(name) for name in classes]
+        task = range(data.HELD_OUT), labels, data.SHAPE_CLASSES, data.SHAPE_TEMPLATES
+        results["zero_shot"] = zero_shot(model, *task, **loading)
+    return results
+
+
+# ------------------------------------------------------------------------------------------------
+# hierarchy: on the way from a picture to the root, captions should turn from specific to general
+
+
+def in_cones(model, texts, points, K):
+    """texts (M, D), points (S, D) -> bool (S, M): does the cone of the text hold the point?"""
+    curv, blocks = model.scalars()[1], []
+    for block in texts.split(64):  # (S, 64, D) numbers at a time
+        blocks.append(model.geometry.entailment_loss(block, points[:, None], K, curv) == 0)
+    return torch.cat(blocks, dim=1)
+
+
+def last_min_radius(model):
+    """K at the end of the training, if its loss had cones; otherwise None."""
+    c = model.train_config
+    if not model.geometry.cones or c.get("entailment_weight", 1) == 0:
+        return None
+    return c.get("final_min_radius") or c.get("min_radius", 0.1)
+
+
+@torch.no_grad()
+def traverse(model, images, texts, min_radius=None):
+    """Captions on the straight way from each image (N, D) to the root.
+
+    -> N lists of (step, text): the nearest text at each of S steps, where it first appears; text M
+    is the root, a candidate everywhere, which wins ties. With a min_radius only texts whose cone
+    holds the point are candidates. Source: MERU; EuCLIP, Figures 3 and 5.
     """
-    check_finite(picture=images, text=texts)
-    geometry, K, found = model.config.geometry, last_min_radius(model.recipe), []
-    root = model.row.root(torch.cat([images, texts]))
-    for path in geo.path_to_root(images, STEPS, geometry, root).unbind(1):            # (S, D)
-        near = model.similarity(path, texts)                                          # (S, M)
-        for start in range(0, len(texts) if cones else 0, CONES):   # a block of texts at a time: each needs (S, block, D)
-            some = texts[start:start + CONES]
-            outside = geo.entailment_loss(some, path[:, None], geometry, K, model.curvature())
-            near[:, start:start + len(some)].masked_fill_(outside > 0, -math.inf)
-        best, nearest = near.max(1)
-        nearest[model.similarity(path, path[-1:])[:, 0] >= best] = len(texts)         # every path ends at the root
+    found, root = [], model.geometry.root(torch.cat([images, texts]))
+    for path in model.geometry.path_to_root(images, STEPS, root).unbind(1):  # (S, D)
+        similarity = model.similarity(path, texts)  # (S, M)
+        if min_radius is not None:
+            similarity[~in_cones(model, texts, path, min_radius)] = -math.inf
+        best, nearest = similarity.max(1)
+        nearest[model.similarity(path, path[-1:])[:, 0] >= best] = len(texts)
         first = {}
         for step, text in enumerate(nearest.tolist()):
             first.setdefault(text, step)
@@ -255,292 +256,263 @@ def traverse(model, images, texts, cones):
     return found
 
 
-def traversal(model, pictures, captions, **how):
-    """Paths of pictures, a file with a caption a line -> dict: retrieved {picture: [(share of the path walked, caption)]}, protocol."""
-    texts = list(dict.fromkeys(read_lines(captions)))
-    if not texts:
-        raise ValueError(f"{captions} has no captions")
-    cones = uses_cones(model)
-    found = traverse(model, encode_pictures(model, pictures, **how), encode_texts(model, texts, **for_texts(how)), cones)
-    among = f" whose cone holds the point (K = {last_min_radius(model.recipe):g})" if cones else ""
-    protocol = f"{STEPS} steps to the root ({model.row.root_is}), nearest of {len(texts)} captions{among}, by {model.config.geometry}/{model.logit}"
-    texts.append("[ROOT]")
-    return dict(protocol=protocol, retrieved={picture: [(step / (STEPS - 1), texts[text]) for step, text in path]
-                                              for picture, path in zip(pictures, found)})
-
-
-def share(hits):
-    return sum(hits) / len(hits) if hits else None
-
-
-def retrieved_figures(found, level):
-    """What `traverse` found, the level of each text (0 = the most general) -> dict: see `hierarchy_metrics`."""
-    paths = [[level[text] for _, text in path if text in level] for path in found]   # without the root
-    changes = [b - a for path in paths for a, b in zip(path, path[1:])]
-    return dict(captions=sum(map(len, paths)) / len(paths), changes=len(changes),
-                to_general=share([c < 0 for c in changes]), to_specific=share([c > 0 for c in changes]))
+def embed_hierarchy(model, **loading):
+    """Held-out shapes -> pictures (N, D), captions of all levels (M, D), the same as strings, and
+    N chains: a picture's L captions as indices, from the most general to the most specific."""
+    chains = data.held_out_levels()
+    captions = list(dict.fromkeys(itertools.chain.from_iterable(chains)))
+    index = {caption: i for i, caption in enumerate(captions)}
+    images, _ = embed_images(model, range(data.HELD_OUT, 2 * data.HELD_OUT), **loading)
+    chains = [[index[caption] for caption in chain] for chain in chains]
+    return images, embed_texts(model, captions), captions, chains
 
 
 @torch.no_grad()
 def hierarchy_metrics(model, images, texts, chains):
-    """Does the geometry know what is general and what is specific?
+    """What `embed_hierarchy` returns -> does the geometry know what is general?
 
-    images (N, D); texts (M, D); chains (N, L): captions of each picture, from the most general to the most specific, as indices into texts.
-    -> dict:
-    text_radius, image_radius   mean distance from the root of the most specific captions, of the pictures
-    general_nearer, pairs       share of the distinct (general, specific) pairs in which the general one is nearer the root (chance: half);
-                                how many there are
-    own_in_cone, other_in_cone  share of all those captions whose cone holds their picture, the picture half the set away (captions that both
-                                pictures share are left out there); None without cones
-    traversal, traversal_in_cones   of `traverse` without and with cones (None where the model was not trained with them): captions (mean
-                                number of distinct ones), changes from caption to caption, to_general, to_specific (shares of these that
-                                lead up, down the levels; the rest stay on one; None where nothing changes)
+    text_radius, image_radius  mean distance from the root: most specific captions, pictures
+    general_nearer             of all pairs in a chain, those with the general caption nearer the
+                               root (chance: half)
+    own_in_cone, other_in_cone captions whose cone holds their picture; another picture, half the
+                               set away, of which they are not captions, too. None without cones
     """
-    geometry, K = model.config.geometry, last_min_radius(model.recipe)
-    root, own = model.row.root(torch.cat([images, texts])), [chain[-1] for chain in chains]
-    radius = geo.distance_to_root(texts, geometry, root).cpu()   # compared one by one below
+    geometry, half = model.geometry, len(images) // 2
+    root = geometry.root(torch.cat([images, texts]))
+    radius = geometry.distance_to_root(texts, root).cpu()
     pairs = {pair for chain in chains for pair in itertools.combinations(chain, 2)}
-    out = dict(text_radius=radius[own].mean().item(), image_radius=geo.distance_to_root(images, geometry, root).mean().item(),
-               general_nearer=share([bool(radius[general] < radius[specific]) for general, specific in pairs]), pairs=len(pairs),
-               own_in_cone=None, other_in_cone=None, traversal_in_cones=None)
-    if model.row.cone:
-        half, apexes = len(images) // 2, texts[torch.tensor(chains)]   # (N, L, D)
-        inside = lambda shown: (geo.entailment_loss(apexes, shown[:, None], geometry, K, model.curvature()) == 0).tolist()
-        out["own_in_cone"] = share([hit for row in inside(images) for hit in row])
-        out["other_in_cone"] = share([hit for row, chain, other in zip(inside(images.roll(-half, 0)), chains, chains[half:] + chains[:half])
-                                      for hit, text in zip(row, chain) if text not in other])
-    level = {text: depth for chain in chains for depth, text in enumerate(chain)}
-    out["traversal"] = retrieved_figures(traverse(model, images, texts, cones=False), level)
-    if uses_cones(model):
-        out["traversal_in_cones"] = retrieved_figures(traverse(model, images, texts, cones=True), level)
+    nearer = [bool(radius[general] < radius[specific]) for general, specific in pairs]
+    out = {"text_radius": radius[[chain[-1] for chain in chains]].mean().item(),
+           "image_radius": geometry.distance_to_root(images, root).mean().item(),
+           "general_nearer": sum(nearer) / len(nearer),
+           "own_in_cone": None, "other_in_cone": None}  # fmt: skip
+    if geometry.cones:
+        K = last_min_radius(model) or model.train_config.get("min_radius", 0.1)
+        inside = in_cones(model, texts, images, K).tolist()  # (N, M)
+        own, other = [], []
+        for i, chain in enumerate(chains):
+            j = (i + half) % len(chains)
+            own += [inside[i][text] for text in chain]
+            other += [inside[j][text] for text in chain if text not in chains[j]]
+        out |= {"own_in_cone": sum(own) / len(own), "other_in_cone": sum(other) / len(other)}
     return out
 
 
-def embed_held_out(model, source, **how):
-    """Held-out data with its levels of generality, where it has some (`shapes`) -> dict: items (what `Pictures` takes), images (N, D),
-    captions (M distinct ones), texts (M, D), chains (N, L): the captions of each picture, general to specific, as indices into captions."""
-    items, captions = data.held_out_pairs(source)
-    chains = data.held_out_levels() if source == "shapes" else [[caption] for caption in captions]
-    place = {caption: i for i, caption in enumerate(dict.fromkeys(caption for chain in chains for caption in chain))}
-    return dict(items=items, images=encode_pictures(model, items, **how), captions=list(place),
-                texts=encode_texts(model, list(place), **for_texts(how)), chains=[[place[caption] for caption in chain] for chain in chains])
+def traversal(model, pictures, captions, **loading):
+    texts, K = list(dict.fromkeys(data.read_lines(captions))), last_min_radius(model)
+    if not texts:
+        raise ValueError(f"{captions} has no captions")
+    images, kept = embed_images(model, pictures, **loading)
+    found = traverse(model, images, embed_texts(model, texts), K)
+    among = f" whose cone holds the point (K = {K:g})" if K else ""
+    root = model.geometry.root_name
+    what = f"{STEPS} steps to the root ({root}), nearest of {len(texts)} captions{among}"
+    texts.append("[ROOT]")
+    paths = [[(step / (STEPS - 1), texts[text]) for step, text in path] for path in found]
+    left_out = {"unreadable": len(pictures) - len(kept)}
+    retrieved = {pictures[i]: path for i, path in zip(kept, paths)}
+    return {"retrieved": retrieved} | protocol(model, what, left_out)
 
 
-def shapes_hierarchy(model, **how):
-    """`hierarchy_metrics` of the held-out pictures of `shapes`, which are a hierarchy by construction."""
-    held = embed_held_out(model, "shapes", **how)
-    protocol = f"{len(held['images'])} pictures, {len(held['captions'])} captions of {len(data.LEVELS)} levels; {STEPS} steps to the root"
-    protocol += f" ({model.row.root_is})" + (f"; K = {last_min_radius(model.recipe):g}" if model.row.cone else "")
-    return hierarchy_metrics(model, held["images"], held["texts"], held["chains"]) | dict(protocol=protocol)
+def search(model, query, folder, count=10, **loading):
+    items, _ = data.list_pictures(folder)
+    if not items:
+        raise ValueError(f"no pictures in {folder}")
+    images, kept = embed_images(model, items, **loading)
+    with torch.no_grad():
+        similarity = model.similarity(embed_texts(model, [query]), images)[0]
+    best, nearest = similarity.topk(min(count, len(kept)))
+    found = [(items[kept[i]], s) for i, s in zip(nearest.tolist(), best.tolist())]
+    left_out = {"unreadable": len(items) - len(kept)}
+    return {"nearest": found} | protocol(model, f"{query!r} in {len(kept)} pictures", left_out)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# search
-
-def folder_embeddings(model, checkpoint, folder, **how):
-    """Pictures of a folder -> their paths, embeddings (N, D). They are kept beside the folder, in FOLDER.embeddings, for this checkpoint:
-    the next time only pictures that are new or have changed are read. One that cannot be read is left out with a warning."""
-    folder = Path(folder).resolve()
-    stamp = lambda path: [path.stat().st_size, path.stat().st_mtime_ns]
-    stamps = {str(p): stamp(p) for p in sorted(folder.rglob("*")) if p.suffix.lower() in data.PICTURES and p.is_file()}
-    if not stamps:
-        raise ValueError(f"no pictures in {folder}" if folder.is_dir() else f"no folder {folder}")
-    kept, known = folder.with_name(folder.name + ".embeddings"), {}
-    key = [str(Path(checkpoint).resolve()), *stamp(Path(checkpoint)), str(model.config), str(how.get("dtype"))]
-    with contextlib.suppress(ValueError, KeyError):   # none yet, or cut off
-        before = read_checkpoint(kept)
-        if before["key"] == key:
-            rows = zip(before["paths"], before["stamps"], before["embeddings"])
-            known = {path: row for path, then, row in rows if stamps.get(path) == then}
-    missing, unreadable = [path for path in stamps if path not in known], {}
-    rows = encode_pictures(model, missing, unreadable=unreadable, **how).cpu()
-    known.update(zip((path for i, path in enumerate(missing) if i not in unreadable), rows))
-    for sentence in unreadable.values():
-        print(f"warning: {sentence}", file=sys.stderr)
-    paths = [path for path in stamps if path in known]
-    if not paths:
-        raise ValueError(f"none of the {len(stamps)} pictures in {folder} can be read")
-    embeddings = torch.stack([known[path] for path in paths])
-    if len(rows):
-        try:
-            torch.save(dict(key=key, paths=paths, stamps=[stamps[path] for path in paths], embeddings=embeddings), kept)
-        except (OSError, RuntimeError) as error:   # torch.save turns some of the first into the second
-            print(f"warning: the embeddings cannot be kept in {kept}: {error}", file=sys.stderr)
-    return paths, embeddings.to(next(model.parameters()).device)
+# ------------------------------------------------------------------------------------------------
+# files of tasks. What does not fit together is refused with a ValueError
 
 
-def search(model, checkpoint, query, folder, count=10, **how):
-    """The pictures of a folder that are nearest to a text -> dict: nearest [(path, similarity)], the nearest first; query; pictures, how many."""
-    paths, embeddings = folder_embeddings(model, checkpoint, folder, **how)
-    text = encode_texts(model, [query], **for_texts(how))
-    check_finite(text=text, picture=embeddings)
-    similarity, nearest = similarity_of(model)(text, embeddings)[0].topk(min(count, len(paths)))
-    return dict(query=query, pictures=len(paths), nearest=[(paths[i], s) for i, s in zip(nearest.tolist(), similarity.tolist())])
+def class_folders(folder, classnames=None, templates=None):
+    """A folder of class folders -> pictures, labels, names, templates; sorted folders = labels."""
+    folders = sorted(p for p in Path(folder).iterdir() if p.is_dir() and not data.is_hidden(p.name))
+    names = [p.name.replace("_", " ") for p in folders]
+    if classnames:
+        names = data.read_lines(classnames)
+    templates = data.read_lines(templates) if templates else PROMPTS
+    if len(names) != len(folders) or not folders:
+        raise ValueError(f"{len(names)} names of {classnames}, {len(folders)} folders in {folder}")
+    if not templates or not all("{}" in template for template in templates):
+        raise ValueError("there must be templates, each with a {} for the class name")
+    items, labels = [], []
+    for label, path in enumerate(folders):
+        pictures, _ = data.list_pictures(path)
+        if not pictures:
+            raise ValueError(f"no pictures in class folder {path}")
+        items += pictures
+        labels += [label] * len(pictures)
+    for i in sorted({0, len(folders) - 1}):
+        print(f"class folder {folders[i].name} is {names[i]!r}")
+    return items, labels, names, templates
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# folders and lists on disk
-
-def read_lines(path):
-    return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def class_folder(folder, classnames=None, templates=None):
-    """A folder of class folders, sorted = label order -> pictures, labels, names, templates. Raises ValueError for what does not fit."""
-    folders = sorted(p for p in Path(folder).iterdir() if p.is_dir())
-    names = read_lines(classnames) if classnames else [p.name.replace("_", " ") for p in folders]
-    templates = read_lines(templates) if templates else PROMPTS
-    if len(names) != len(folders):
-        raise ValueError(f"{classnames} has {len(names)} names for {len(folders)} class folders in {folder}")
-    if not templates or any("{}" not in t for t in templates):
-        raise ValueError(f"every template needs a {{}} for the class name; got {templates}")
-    pictures = [sorted(p for p in f.rglob("*") if p.suffix.lower() in data.PICTURES) for f in folders]
-    empty = [f.name for f, found in zip(folders, pictures) if not found]
-    if empty or not folders:
-        raise ValueError(f"no pictures in class folder {', '.join(empty[:5])}" if empty else f"no class folders in {folder}")
-    labels = [label for label, found in enumerate(pictures) for _ in found]
-    return [str(p) for found in pictures for p in found], labels, names, templates
-
-
-def karpathy(path, images, split):
-    """Karpathy JSON -> pictures of a split, captions, the picture each caption belongs to. Raises ValueError naming what is missing."""
+def karpathy_split(path, folder, split):
+    """Karpathy JSON -> pictures of a split, captions, index of the picture of each caption."""
+    items, captions, image_of_caption, splits = [], [], [], Counter()
+    entry = None
     try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))["images"]
-        return karpathy_split(entries, path, images, split)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a Karpathy JSON (images: filename, split, sentences: raw): {error}") from None
-
-
-def karpathy_split(entries, path, images, split):
-    chosen = [e for e in entries if e.get("split") == split]
-    if not chosen:
-        raise ValueError(f"{path} has no split {split!r}; it has {dict(Counter(e.get('split') for e in entries))}")
-    places = [[os.path.join(images, e.get("filepath") or "", e["filename"]), os.path.join(images, e["filename"])] for e in chosen]
-    items = [next(filter(os.path.exists, p), None) for p in places]
-    missing = [p[0] for p, item in zip(places, items) if item is None]
+        for entry in json.loads(data.read_text(path))["images"]:
+            splits[entry["split"]] += 1
+            if entry["split"] == split:
+                nested = os.path.join(folder, entry.get("filepath") or "", entry["filename"])
+                flat = os.path.join(folder, entry["filename"])
+                texts = [data.clean_captions(sentence["raw"])[0] for sentence in entry["sentences"]]
+                captions += texts
+                image_of_caption += [len(items)] * len(texts)
+                items.append(nested if os.path.exists(nested) else flat)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, data.BadCaption):
+        raise ValueError(f"{path} is no Karpathy JSON: images with split, filename, sentences with "
+                         f"raw captions; not {json.dumps(entry)[:200]}") from None  # fmt: skip
+    missing = [item for item in items if not os.path.exists(item)]
     if missing:
-        raise ValueError(f"{len(missing)} of {len(chosen)} pictures are not there, the first is {missing[0]}")
-    captions = [(s["raw"], i) for i, e in enumerate(chosen) for s in e["sentences"]]
+        raise ValueError(f"{len(missing)} of {len(items)} pictures are not there: {missing[0]}")
     if not captions:
-        raise ValueError(f"split {split!r} of {path} has no captions")
-    return items, [c for c, _ in captions], [i for _, i in captions]
+        raise ValueError(f"{path} has no captions of split {split!r}, only {dict(splits)}")
+    return items, captions, image_of_caption
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # the command
 
-def table(results):
-    """Results -> lines of text: every figure in per cent beside its chance level, under a sentence that says how it was made."""
-    percent = lambda x: "     -" if x is None else f"{100 * x:6.1f}"
-    lines = []
-    if (z := results["zero_shot"]):
-        lines += [f"zero-shot: {z['protocol']}", "                   top-1   top-5   per-class",
-                  f"  accuracy %      {percent(z['top1'])}  {percent(z['top5'])}      {percent(z['mean_per_class_recall'])}",
-                  f"  chance %        {percent(1 / z['classes'])}  {percent(5 / z['classes'] if z['classes'] >= 5 else None)}      {percent(1 / z['classes'])}"]
-    if (r := results["retrieval"]):
-        lines += [f"retrieval: {r['protocol']}", "                     R@1     R@5    R@10"]
-        for way, title in (("i2t", "image to text %"), ("t2i", "text to image %")):
-            lines.append(f"  {title} " + "  ".join(percent(r[f"{way}_r{k}"]) for k in (1, 5, 10)))
-            lines.append("  chance %        " + "  ".join(percent(r["chance"][f"{way}_r{k}"]) for k in (1, 5, 10)))
-    if (h := results.get("hierarchy")):
-        lines += [f"hierarchy: {h['protocol']}",
-                  f"  mean distance from the root            text {h['text_radius']:.2f}   image {h['image_radius']:.2f}",
-                  f"  general caption nearer the root % {percent(h['general_nearer'])}   chance 50, {h['pairs']:,} pairs",
-                  f"  caption's cone holds its picture %{percent(h['own_in_cone'])}   another picture {percent(h['other_in_cone'])}"]
-        for name, among in (("traversal", "all"), ("traversal_in_cones", "those whose cone holds the point")):
-            if (t := h[name]):
-                lines.append(f"  on the way, nearest of {among}: {t['captions']:.1f} captions; of {t['changes']:,} changes to a more general one "
-                             f"{percent(t['to_general']).strip()} %, to a more specific one {percent(t['to_specific']).strip()} %")
-    if (t := results.get("traversal")):
-        lines.append(f"traversal: {t['protocol']}")
-        for picture, retrieved in t["retrieved"].items():
-            lines += [picture, *(f"  {walked:4.0%}  {caption}" for walked, caption in retrieved)]
-    if (q := results.get("query")):
-        lines += [f"query: {q['query']!r} in {q['pictures']} pictures", *(f"  {similarity:8.3f}  {path}" for path, similarity in q["nearest"])]
-    return "\n".join(lines)
+
+def print_row(title, values):
+    cells = ("       -" if v is None else f"{100 * v:8.1f}" for v in values)
+    print(f"  {title:17}", *cells, sep="")
 
 
-def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("checkpoint", help="ours, or one that open_clip trained")
-    add("--classification", metavar="DIR", help="zero-shot on a folder of class folders; sorted = label order")
-    add("--classnames", metavar="FILE", help="one name a line, in the order of the sorted folders (default: the folders' names)")
-    add("--templates", metavar="FILE", help="one prompt a line, {} for the class name (default: five of our own)")
-    add("--retrieval", metavar="JSON", help="retrieval on a Karpathy JSON")
-    add("--images", metavar="DIR", help="where its pictures lie; the folder that --query searches")
-    add("--split", default="test")
-    add("--val_data", metavar="SOURCE", help="retrieval on a data source of data.py (default: what its training was judged by)")
-    add("--traverse", metavar="IMG", nargs="+", help="the captions on the way from each picture to the root")
-    add("--captions", metavar="FILE", help="to choose them from, one a line")
-    add("--query", metavar="TEXT", help="the nearest pictures of --images")
-    add("--json", metavar="FILE", help="write all results there")
-    for name in ("geometry", "logit", "tokenizer"):
-        add(f"--{name}", help="for foreign checkpoints, which do not say")
-    add("--quick_gelu", action="store_true", default=None, help="for OpenAI's own weights")
-    add("--vision_heads", type=int, help="for foreign checkpoints (default: width / 64)")
-    add("--text_heads", type=int)
-    add("--device", help="default: cuda, else mps, else cpu")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the towers")
-    add("--batch_size", type=int, default=64)
-    add("--workers", type=int, default=0)
-    return parser.parse_args(argv)
+def print_results(results):
+    recalls = [[f"{way}_r{k}" for k in (1, 5, 10)] for way in ("i2t", "t2i")]
+    for task, heads, rows in (
+        ("zero_shot", "   top-1   top-5   per class",
+         [("accuracy %", ["top1", "top5", "mean_per_class_recall"])]),
+        ("retrieval", "     R@1     R@5    R@10",
+         [("image to text %", recalls[0]), ("text to image %", recalls[1])]),
+    ):  # fmt: skip
+        if r := results.get(task):
+            print(f"{task}: {r['protocol']}\n{'':19}{heads}")
+            for title, names in rows:
+                print_row(title, [r[name] for name in names])
+                print_row("chance %", [r["chance"][name] for name in names])
+    if h := results.get("hierarchy"):
+        print(f"hierarchy: held-out pictures and their captions of {len(data.LEVELS)} levels")
+        radii = f"text {h['text_radius']:.2f}, image {h['image_radius']:.2f}"
+        print(f"  mean distance from the root: {radii}")
+        print_row("general caption nearer the root % (chance 50)", [h["general_nearer"]])
+        cones = [h["own_in_cone"], h["other_in_cone"]]
+        print_row("caption's cone holds its picture, another %", cones)
+    if t := results.get("traversal"):
+        print(f"traversal: {t['protocol']}")
+        for picture, path in t["retrieved"].items():
+            print(picture, *(f"  {walked:4.0%}  {caption}" for walked, caption in path), sep="\n")
+    if q := results.get("query"):
+        print(f"query: {q['protocol']}")
+        print(*(f"{similarity:10.3f}  {path}" for path, similarity in q["nearest"]), sep="\n")
 
 
 def pick_device(name=None):
-    """A name, or the best there is -> torch.device. Raises ValueError where the machine has none of that kind."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """A name, or the best there is -> torch.device. Raises ValueError for one that is not there."""
+    other = "mps" if torch.backends.mps.is_available() else "cpu"
+    name = name or ("cuda" if torch.cuda.is_available() else other)
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:   # a torch built without CUDA asserts
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return torch.device(name)
+
+
+def cores():
+    """How many each process of this machine has."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("checkpoint", help="ours, or one that open_clip trained")
+    add("--val_data", metavar="SOURCE", help="retrieval on a source of data.py (default: its own)")
+    add("--classification", metavar="DIR", help="zero-shot on a folder of class folders")
+    add("--classnames", metavar="FILE", help="a name a line, in the order of the sorted folders")
+    add("--templates", metavar="FILE", help="a prompt a line, {} for the class name")
+    add("--retrieval", metavar="JSON", help="retrieval on a Karpathy JSON")
+    add("--images", metavar="DIR", help="where its pictures are; the folder that --query searches")
+    add("--split", default="test", help="of the JSON")
+    add("--traverse", metavar="IMG", nargs="+", help="the captions on their way to the root")
+    add("--captions", metavar="FILE", help="the captions to choose from, one a line")
+    add("--query", metavar="TEXT", help="the nearest pictures of --images")
+    add("--json", metavar="FILE", help="write all results there")
+    for name in ("geometry", "logit", "tokenizer"):
+        add(f"--{name}", help="for checkpoints of others, which do not say")
+    add("--quick_gelu", action="store_true", default=None, help="for OpenAI's own weights")
+    add("--vision_heads", type=int, help="for checkpoints of others")
+    add("--text_heads", type=int, help="for checkpoints of others")
+    add("--device", help="default: cuda, else mps, else cpu")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the towers")
+    add("--batch_size", type=int, default=64)
+    add("--workers", type=int, default=cores(), help="loading processes")
+    args = parser.parse_args(argv)
+    for name, others in (
+        ("classnames", ["classification"]), ("templates", ["classification"]),
+        ("captions", ["traverse"]), ("traverse", ["captions"]), ("retrieval", ["images"]),
+        ("query", ["images"]), ("images", ["retrieval", "query"]),
+    ):  # fmt: skip
+        if getattr(args, name) and not any(getattr(args, other) for other in others):
+            parser.error(f"--{name} needs --{' or --'.join(others)}")
+    if args.val_data and (args.retrieval or args.classification):
+        parser.error("--val_data is a task of its own: leave --retrieval, --classification out")
+    return args
 
 
 def run(args):
-    for name, needs in (("classnames", ["classification"]), ("templates", ["classification"]), ("images", ["retrieval", "query"]),
-                        ("captions", ["traverse"])):
-        if getattr(args, name) and not any(getattr(args, n) for n in needs):
-            raise ValueError(f"--{name} says nothing without --{' or --'.join(needs)}")
-    for name, needs in (("retrieval", "images"), ("query", "images"), ("traverse", "captions")):
-        if getattr(args, name) and not getattr(args, needs):
-            raise ValueError(f"--{name} needs --{needs}")
-    if args.val_data and (args.retrieval or args.classification):
-        raise ValueError("--val_data is an evaluation of its own; leave --retrieval and --classification out")
-    foreign = {k: getattr(args, k) for k in ("geometry", "logit", "tokenizer", "quick_gelu", "vision_heads", "text_heads")}
-    model = load_model(args.checkpoint, **foreign).to(pick_device(args.device))
-    how = dict(batch_size=args.batch_size, workers=args.workers, dtype=torch.bfloat16 if args.dtype == "bfloat16" else None)
-    results = dict(zero_shot=None, retrieval=None)
+    names = ("geometry", "logit", "tokenizer", "quick_gelu", "vision_heads", "text_heads")
+    overrides = {name: getattr(args, name) for name in names}
+    model = load_model(args.checkpoint, **overrides).to(pick_device(args.device))
+    loading = {"batch_size": args.batch_size, "workers": args.workers}
+    results = {}
     if args.classification:
-        results["zero_shot"] = zero_shot(model, *class_folder(args.classification, args.classnames, args.templates), **how)
+        task = class_folders(args.classification, args.classnames, args.templates)
+        results["zero_shot"] = zero_shot(model, *task, **loading)
     if args.retrieval:
-        results["retrieval"] = retrieval(model, *karpathy(args.retrieval, args.images, args.split), **how)
-        results["retrieval"]["protocol"] += f", split {args.split} of {args.retrieval}"
+        task = karpathy_split(args.retrieval, args.images, args.split)
+        results["retrieval"] = retrieval(model, *task, **loading)
     if args.traverse:
-        results["traversal"] = traversal(model, args.traverse, args.captions, **how)
+        results["traversal"] = traversal(model, args.traverse, args.captions, **loading)
     if args.query:
-        results["query"] = search(model, args.checkpoint, args.query, args.images, **how)
-    if args.val_data or not (args.classification or args.retrieval or args.traverse or args.query):
-        source = args.val_data or held_out_source(model.recipe)
+        results["query"] = search(model, args.query, args.images, **loading)
+    if args.val_data or not results:
+        source = args.val_data or held_out_source(model.train_config)
         if source is None:
-            raise ValueError(f"{args.checkpoint} names no held-out data of its own; give --val_data, --retrieval JSON --images DIR or --classification DIR")
-        results |= {task: found for task, found in held_out(model, source, **how).items() if found}
+            raise ValueError(f"{args.checkpoint} names no held-out data: give --val_data SOURCE, "
+                             "--retrieval JSON --images DIR or --classification DIR")  # fmt: skip
+        results |= held_out(model, source, data.held_out_pairs(source), **loading)
         if source == "shapes":
-            results["hierarchy"] = shapes_hierarchy(model, **how)
-    print(f"pictures: shorter side to {model.config.image_size}, centre crop; similarities in float32, ties count against the model")
-    print(table(results))
-    empty = dict(zero_shot=dict.fromkeys(("top1", "top5", "classes")),
-                 retrieval=dict.fromkeys(f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)))
+            images, texts, _, chains = embed_hierarchy(model, **loading)
+            results["hierarchy"] = hierarchy_metrics(model, images, texts, chains)
+    print(f"pictures: shorter side to {model.config.image_size}, centre crop; towers in "
+          f"{args.dtype}, similarities in float32, ties count against the model")  # fmt: skip
+    print_results(results)
     if args.json:
-        Path(args.json).write_text(json.dumps(results | {task: results[task] or empty[task] for task in empty}, indent=1) + "\n")
+        recalls = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
+        nothing = {"zero_shot": dict.fromkeys(("top1", "top5", "classes")),
+                   "retrieval": dict.fromkeys(recalls)}  # fmt: skip
+        Path(args.json).write_text(json.dumps(nothing | results, indent=1) + "\n")
 
 
 def main():
-    args = parse()
+    args = parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
-        run(args)
-    except (ValueError, OSError) as error:   # what a user can mend gets a sentence
+        bfloat16, device = args.dtype == "bfloat16", pick_device(args.device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            run(args)
+    except (ValueError, OSError, data.LoadingError) as error:  # what a user can mend
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
 

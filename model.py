@@ -1,72 +1,92 @@
-"""Two towers and a loss: the Vision Transformer, the text transformer, and CLIP, which holds them together.
+"""The model: a Vision Transformer, a text transformer, and the loss that joins them.
 
     model = CLIP(Config(**PRESETS["tiny"], geometry="euclidean"))
-    image = model.encode_image(images)      # uint8 (N, 3, H, W)  -> embeddings (N, D)
-    text = model.encode_text(tokens)        # int64 (N, T)        -> embeddings (N, D)
-    model(images, tokens)["loss"].backward()
-    model = load_model("out/ckpt.pt")       # ours, or one that open_clip trained
+    image, text, scalars = model(images, tokens)  # embeddings (N, D), and what the loss needs
+    model.loss(image, text, scalars)["loss"].backward()
+    model = load_model("out/ckpt.pt")             # ours, or one that open_clip trained
 
-    python model.py out/ckpt.pt open_clip.pt    # our checkpoint in open_clip's layout
+A tower turns its input into *features*, the geometry turns features into *embeddings*. The towers
+may run in bfloat16; embeddings and loss are float32, or float64 after `.double()`. Architecture,
+parameter names and initial values are open_clip's: it loads our checkpoints, and we load its.
 
-The towers give *features*; the geometry projects them to *embeddings*, which the loss, the evaluation and every file mean. The towers
-may run in bfloat16; from the geometry's projection on everything is float32 (float64 after `.double()`).
-
-Architecture, names and initial values are open_clip's, so its weights load: what a parameter is called here is what open_clip calls it,
-but for the prefix `text.` and three scalars (`FOREIGN_NAMES`).
-
-Axes: N, M samples, T tokens, C tower width, H heads, D embedding width, R real (unpadded) tokens of a batch.
+Axes: N images or texts, T tokens, R computed tokens of all N texts, C width of a tower, H heads,
+D width of the embeddings.
 """
 
+import argparse
 import math
+import os
 import re
-import sys
-from dataclasses import dataclass, fields, replace
+import zipfile
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-import geometry as geo
+from geometry import find_geometry
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, per colour
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass
 class Config:
-    """All that a model is, beside its weights: plain values, saved in every checkpoint."""
-    image_size: int                          # pictures are squares of this many pixels
+    """All that a model is, beside its weights. None: the default of the geometry or the width."""
+
+    image_size: int  # images are squares of this many pixels
     patch_size: int
     vision_width: int
     vision_layers: int
     text_width: int
     text_layers: int
-    embed_dim: int                           # D
-    vocab_size: int                          # start token V - 2, end token V - 1, padding 0 after the end
-    tokenizer: str                           # which one made the vocabulary; see data.tokenize
+    embed_dim: int  # D
+    vocab_size: int = 258  # start token V - 2, end token V - 1, padding 0 after the end
+    tokenizer: str = "bytes"  # see data.tokenize
     context_length: int = 77
-    vision_heads: Optional[int] = None       # None: width / 64
+    vision_heads: Optional[int] = None  # None: width / 64
     text_heads: Optional[int] = None
     geometry: str = "euclidean"
-    logit: Optional[str] = None              # None: the geometry's default, like the next two
-    final_ln: Optional[bool] = None
-    init_logit_scale: Optional[float] = None # log space
-    max_logit_scale: float = 100.0           # the factor itself. CLIP: beyond 100 training became unstable
-    quick_gelu: bool = False                 # OpenAI's own weights
+    logit: Optional[str] = None
+    final_ln: Optional[bool] = None  # LayerNorm at the end of both towers
+    init_logit_scale: Optional[float] = None  # in log space
+    max_logit_scale: float = 100.0  # CLIP: above this training became unstable
+    quick_gelu: bool = False  # True for OpenAI's own weights
+
+    def __post_init__(self):
+        geometry = find_geometry(self.geometry)
+        self.logit = geometry.find_logit(self.logit)
+        if self.final_ln is None:
+            self.final_ln = geometry.final_ln
+        if self.init_logit_scale is None:
+            self.init_logit_scale = geometry.init_logit_scale(self.logit)
+        self.vision_heads = self.vision_heads or self.vision_width // 64
+        self.text_heads = self.text_heads or self.text_width // 64
+        for tower in ("vision", "text"):
+            heads, width = getattr(self, f"{tower}_heads"), getattr(self, f"{tower}_width")
+            if heads < 1 or width % heads:
+                raise ValueError(f"{tower}_heads {heads} does not divide the width {width}")
 
 
-PRESETS = {   # rows of a table: what --model chooses. An embedding is as wide as the text tower, as in CLIP
-    "tiny":     dict(image_size=64,  patch_size=8,  vision_width=64,   vision_layers=3,  text_width=64,  text_layers=2,  embed_dim=128),
-    "ViT-S-16": dict(image_size=224, patch_size=16, vision_width=384,  vision_layers=12, text_width=384, text_layers=12, embed_dim=384),
-    "ViT-B-32": dict(image_size=224, patch_size=32, vision_width=768,  vision_layers=12, text_width=512, text_layers=12, embed_dim=512),
-    "ViT-B-16": dict(image_size=224, patch_size=16, vision_width=768,  vision_layers=12, text_width=512, text_layers=12, embed_dim=512),
-    "ViT-L-14": dict(image_size=224, patch_size=14, vision_width=1024, vision_layers=24, text_width=768, text_layers=12, embed_dim=768),
+def sizes(image_size, patch_size, vision_width, vision_layers, text_width, text_layers, embed_dim):
+    return dict(locals())
+
+
+PRESETS = {
+    "tiny": sizes(64, 8, 64, 3, 64, 2, 128),
+    "ViT-S-16": sizes(224, 16, 384, 12, 384, 12, 384),
+    "ViT-B-32": sizes(224, 32, 768, 12, 512, 12, 512),
+    "ViT-B-16": sizes(224, 16, 768, 12, 512, 12, 512),
+    "ViT-L-14": sizes(224, 14, 1024, 24, 768, 12, 768),
 }
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)   # CLIP's
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
+# ------------------------------------------------------------------------------------------------
+# several processes: each has N pairs of a batch of N * world_size()
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# distribution: three words that mean nothing on one process
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -76,78 +96,76 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-class Gather(torch.autograd.Function):
-    """(N, D) of every process -> (world N, D) on every process. Each process computes its own loss from the gathered rows, so the
-    gradient of a row is the sum of what all processes ask of it."""
+class AllGather(torch.autograd.Function):
+    """Each process computes a loss from the rows of all. So the gradient of a row is the sum of
+    what all have for it: each sends each other the gradients of its rows, and no more."""
 
     @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+    def forward(ctx, x):  # (N, D)
+        rows = x.new_empty(world_size(), *x.shape)
+        dist.all_gather(list(rows.unbind()), x.contiguous())
+        return rows.flatten(0, 1)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)   # autograd's own tensor must not be summed in place
-        dist.all_reduce(grad)
-        return grad.chunk(world_size())[rank()]
+        grad = grad.contiguous()
+        mine = torch.empty_like(grad)
+        dist.all_to_all_single(mine, grad)
+        return mine.unflatten(0, (world_size(), -1)).sum(0)
 
 
-@torch.compiler.disable   # a collective is a border between compiled graphs
-def gather(x):
-    return Gather.apply(x) if world_size() > 1 else x
+@torch.compiler.disable  # torch.compile takes what is before and after it
+def all_gather(x):
+    """(N, D) -> (N * world_size(), D), rows of all processes, with gradient."""
+    return AllGather.apply(x) if world_size() > 1 else x
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # the transformer that both towers share
 
-class QuickGELU(nn.Module):
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
 
+class Layout(NamedTuple):
+    """How the rows (R, C) that linear layers see lie in the samples (N, T, C) that attention sees.
+    Captions average 12 to 20 tokens of 77; only those at `index` are rows. The others are 0 in
+    attention, which is exact: a causal one never looks at what follows the end token."""
 
-class Packing(NamedTuple):
-    """Captions average a dozen tokens of 77. Dense layers see the real tokens only, as (R, C); attention alone needs rows and columns
-    of captions, (N, T, C). Exact: attention is causal, so what stands after the end token is never looked at."""
-    real: torch.Tensor    # bool (N, T): up to and including each end token, which is also what that looks at
-    index: torch.Tensor   # (R,) flat positions in (N, T) of the tokens that are computed
+    T: int
+    causal: bool
+    index: Optional[torch.Tensor] = None  # (R,) positions in N * T; None: all
+    N: int = 0  # needed with an index
 
-    def pad(self, x):     # (R, C) -> (N, T, C)
-        return x.new_zeros(self.real.numel(), x.shape[1]).index_copy(0, self.index, x).view(*self.real.shape, -1)
+    def to_samples(self, x):  # (R, C) -> (N, T, C)
+        if self.index is not None:
+            x = x.new_zeros(self.N * self.T, x.shape[1]).index_copy(0, self.index, x)
+        return x.unflatten(0, (-1, self.T))
 
-    def pack(self, x):    # (N, T, C) -> (R, C)
-        return x.flatten(0, 1).index_select(0, self.index)
-
-
-def pick(x, rows):
-    """Rows (N,) of x (..., C), flattened -> (N, C)."""
-    return x.flatten(0, -2).index_select(0, rows)
+    def to_rows(self, x):  # (N, T, C) -> (R, C)
+        x = x.flatten(0, 1)
+        return x if self.index is None else x.index_select(0, self.index)
 
 
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))   # q, k, v
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))  # queries, keys, values
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x, packing=None, rows=None):
-        """x (N, T, C), or (R, C) with a packing -> the same shape; with `rows` (N,), one row of flattened x per sample -> those, (N, C)."""
-        w, b, C = self.in_proj_weight, self.in_proj_bias, x.shape[-1]
-        if rows is not None:
-            q = F.linear(pick(x, rows), w[:C], b[:C]).unflatten(1, (self.heads, 1, -1))   # (N, H, 1, C/H)
-            kv = F.linear(x, w[C:], b[C:])
-            kv = packing.pad(kv) if packing else kv                                  # (N, T, 2C)
-            k, v = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)       # (N, H, T, C/H) each
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.real[:, None, None] if packing else None)
-            return self.out_proj(y.flatten(1))
-        qkv = F.linear(x, w, b)
-        qkv = packing.pad(qkv) if packing else qkv                                   # (N, T, 3C)
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)       # (N, H, T, C/H) each
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=packing is not None)   # text looks back only
-        y = y.transpose(1, 2).flatten(2)                                             # (N, T, C)
-        return self.out_proj(packing.pack(y) if packing else y)
+    def forward(self, x, layout):
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (R, 3C)
+        qkv = layout.to_samples(qkv).unflatten(2, (3, self.heads, -1))  # (N, T, 3, H, C/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, H, T, C/H) each
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=layout.causal)
+        y = y.transpose(1, 2).flatten(2)  # (N, T, C)
+        return self.out_proj(layout.to_rows(y))
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
 
 
 class Block(nn.Module):
@@ -156,13 +174,14 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU() if quick_gelu else nn.GELU(),
-                                      c_proj=nn.Linear(4 * width, width)))
+        c_fc, c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        gelu = QuickGELU() if quick_gelu else nn.GELU()
+        self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=gelu, c_proj=c_proj))
 
-    def forward(self, x, packing=None, rows=None):
-        y = self.attn(self.ln_1(x), packing, rows)
-        x = y + (x if rows is None else pick(x, rows))
-        return x + self.mlp.c_proj(self.mlp.gelu(self.mlp.c_fc(self.ln_2(x))))
+    def forward(self, x, layout):
+        x = x + self.attn(self.ln_1(x), layout)
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 class Transformer(nn.Module):
@@ -170,315 +189,276 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads, quick_gelu) for _ in range(layers))
 
-    def forward(self, x, rows, packing=None):
-        """Only one row per sample, `rows` (N,) of flattened x, is read in the end: the last block computes no other -> (N, C)."""
+    def forward(self, x, layout, pooled):
+        """x (R, C) -> (N, C), the rows `pooled` (N,). Only they go through the last MLP."""
         *blocks, last = self.resblocks
         for block in blocks:
-            x = block(x, packing)
-        return last(x, packing, rows)
+            x = block(x, layout)
+        x = (x + last.attn(last.ln_1(x), layout)).index_select(0, pooled)
+        return x + last.mlp(last.ln_2(x))
 
 
-class VisionTower(nn.Module):
-    def __init__(self, config):
+class VisionTransformer(nn.Module):
+    def __init__(self, c):
         super().__init__()
-        width = config.vision_width
-        self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(torch.empty(width))
-        self.positional_embedding = nn.Parameter(torch.empty(1 + (config.image_size // config.patch_size) ** 2, width))
-        self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, config.vision_layers, config.vision_heads or width // 64, config.quick_gelu)
-        self.ln_post = nn.LayerNorm(width) if config.final_ln else nn.Identity()
-        self.proj = nn.Parameter(torch.empty(width, config.embed_dim))
+        C, T = c.vision_width, 1 + (c.image_size // c.patch_size) ** 2
+        self.conv1 = nn.Conv2d(3, C, c.patch_size, c.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(C**-0.5 * torch.randn(C))
+        self.positional_embedding = nn.Parameter(C**-0.5 * torch.randn(T, C))
+        self.ln_pre = nn.LayerNorm(C)
+        self.transformer = Transformer(C, c.vision_layers, c.vision_heads, c.quick_gelu)
+        self.ln_post = nn.LayerNorm(C) if c.final_ln else nn.Identity()
+        self.proj = nn.Parameter(C**-0.5 * torch.randn(C, c.embed_dim))
 
-    def forward(self, images):                                                       # (N, 3, H, W), normalised
-        x = self.conv1(images).flatten(2).transpose(1, 2)                            # (N, patches, C), row by row
-        x = torch.cat([self.class_embedding.to(x).expand(len(x), 1, -1), x], dim=1)  # (N, T, C)
-        rows = torch.arange(len(x), device=x.device) * x.shape[1]                    # of the class tokens
-        x = self.transformer(self.ln_pre(x + self.positional_embedding), rows)       # (N, C)
-        return self.ln_post(x) @ self.proj                                           # (N, D)
-
-
-class TextTower(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        width = config.text_width
-        self.end = config.vocab_size - 1
-        self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
-        self.transformer = Transformer(width, config.text_layers, config.text_heads or width // 64, config.quick_gelu)
-        self.ln_final = nn.LayerNorm(width) if config.final_ln else nn.Identity()
-        self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
-
-    def forward(self, tokens, index=None):                                           # (N, T)
-        N, T = tokens.shape
-        real = real_tokens(tokens, self.end)                                         # (N, T)
-        index = real.flatten().nonzero().squeeze(1) if index is None else index      # nonzero makes a GPU wait; the loop passes index
-        # F.embedding for both tables: the backward of table[index] is not reproducible with two threads
-        x = self.token_embedding(tokens.flatten().index_select(0, index)) + F.embedding(index % T, self.positional_embedding)
-        ends = torch.arange(N, device=tokens.device) * T + real.sum(1) - 1           # flat position of each end token
-        x = self.transformer(x, torch.searchsorted(index, ends), Packing(real, index))   # (N, C)
-        return self.ln_final(x) @ self.text_projection                               # (N, D)
+    def forward(self, images):  # (N, 3, H, W), normalised
+        x = self.conv1(images).flatten(2).transpose(1, 2)  # (N, patches, C)
+        class_token = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        x = torch.cat([class_token, x], dim=1) + self.positional_embedding  # (N, T, C)
+        layout = Layout(x.shape[1], causal=False)
+        class_rows = torch.arange(len(x), device=x.device) * x.shape[1]
+        x = self.transformer(self.ln_pre(x).flatten(0, 1), layout, class_rows)  # (N, C)
+        return self.ln_post(x) @ self.proj  # (N, D)
 
 
-def any_length(tokens, index):
-    """Tell torch.compile that the number of tokens changes from batch to batch; or it would compile anew for each."""
-    torch._dynamo.mark_dynamic(tokens, 1)
-    torch._dynamo.mark_dynamic(index, 0)
+def caption_lengths(tokens, vocab_size):
+    """tokens (N, T) -> (N,): up to and including the first end token. (0 is a word, too.)"""
+    return (tokens == vocab_size - 1).int().argmax(1) + 1
 
 
-def real_tokens(tokens, end):
-    """(N, T) -> bool (N, T): true up to and including the first end token. Not `tokens != 0`: 0 is a word too."""
-    is_end = tokens == end
-    return is_end.cumsum(1) == is_end
+def pack_tokens(tokens, vocab_size):
+    """tokens (N, T) -> int64 (R,): positions in N * T of the tokens to compute: all real ones in
+    order, then padding up to a multiple of N, for few different R: memory is reused, and
+    torch.compile sees few shapes. Called before tokens go to a GPU, which would have to wait."""
+    N, T = tokens.shape
+    lengths = caption_lengths(tokens, vocab_size)
+    real = (torch.arange(T, device=tokens.device) < lengths[:, None]).flatten()
+    R = min(N * T, N * math.ceil(int(real.sum()) / N))
+    padding = (~real).nonzero().squeeze(1)
+    return torch.cat([real.nonzero().squeeze(1), padding])[:R]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# initial values: open_clip's, all in one place. None: what PyTorch gives a Linear or Conv2d, U(+-1/sqrt(fan_in)).
-
-def normal(std):
-    return lambda p: nn.init.normal_(p, std=std)
-
-
-def initial_values(config):
-    """(pattern, initialiser) in order; the first pattern that matches a parameter's whole name counts. Only the text tower follows
-    OpenAI's rule: open_clip leaves the vision tower's layers at PyTorch's defaults."""
-    w, t, L = config.vision_width, config.text_width, config.text_layers
-    return [
-        (r".*ln_\w+\.weight", nn.init.ones_),
-        (r".*ln_\w+\.bias|.*(in_proj_|out_proj\.)bias", nn.init.zeros_),
-        (r"visual\.(class_embedding|positional_embedding|proj)", normal(w ** -0.5)),
-        (r"visual\..*in_proj_weight", nn.init.xavier_uniform_),
-        (r"text\.token_embedding\.weight", normal(0.02)),
-        (r"text\.positional_embedding", normal(0.01)),
-        (r"text\..*in_proj_weight|text\.text_projection", normal(t ** -0.5)),
-        (r"text\..*(out_proj|c_proj)\.weight", normal(t ** -0.5 * (2 * L) ** -0.5)),
-        (r"text\..*c_fc\.weight", normal((2 * t) ** -0.5)),
-        (r".*(conv1|c_fc|c_proj|out_proj)\.(weight|bias)", None),
-    ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# CLIP
-
-class CrossEntropy(torch.autograd.Function):
-    """logits (N, M), row i matching column first + i -> mean over the rows of log-sum-exp minus the matching logit. The derivative is
-    softmax minus one-hot, made here when it is needed, in place: F.cross_entropy keeps a matrix of probabilities from the forward pass."""
-
-    @staticmethod
-    def forward(ctx, logits, first):
-        lse = logits.logsumexp(1, keepdim=True)
-        ctx.save_for_backward(logits, lse)
-        ctx.first = first
-        return lse.mean() - logits.diagonal(first).mean()
-
-    @staticmethod
-    def backward(ctx, grad):
-        logits, lse = ctx.saved_tensors
-        p = (logits - lse).exp_()
-        p.diagonal(ctx.first).sub_(1)
-        return p.mul_(grad / len(p)), None
-
-
-def contrastive_loss(image_logits, text_logits, first=0):
-    """Cross entropy of N images among M texts and of N texts among M images, (N, M) each, averaged; row i matches column first + i."""
-    return (CrossEntropy.apply(image_logits, first) + CrossEntropy.apply(text_logits, first)) / 2
+# ------------------------------------------------------------------------------------------------
 
 
 class CLIP(nn.Module):
+    """Both towers. As in open_clip, the text tower's parameters are parameters of this class."""
+
     def __init__(self, config):
         super().__init__()
-        self.row, self.logit = geo.find(config.geometry, config.logit)
-        final_ln = self.row.final_ln if config.final_ln is None else config.final_ln
-        self.config, self.recipe = replace(config, logit=self.logit, final_ln=final_ln), {}   # no default is left open
-        self.visual = VisionTower(self.config)
-        self.text = TextTower(self.config)
-        table = initial_values(config)
-        for name, p in self.named_parameters():
-            fill = next(fill for pattern, fill in table if re.fullmatch(pattern, name))
-            if fill:
-                fill(p)
-        start = self.row.logits[self.logit].scale if config.init_logit_scale is None else config.init_logit_scale
-        self.logit_scale = nn.Parameter(torch.tensor(float(start)))   # log space
-        for name, scalar in self.row.scalars.items():
-            self.register_parameter(name, nn.Parameter(torch.tensor(scalar.start(config.embed_dim))))
-        self.register_buffer("image_mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("image_std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
+        c = self.config = config
+        C = c.text_width
+        self.geometry = find_geometry(c.geometry)
+        self.visual = VisionTransformer(c)
+        self.token_embedding = nn.Embedding(c.vocab_size, C)
+        self.positional_embedding = nn.Parameter(torch.empty(c.context_length, C))
+        self.transformer = Transformer(C, c.text_layers, c.text_heads, c.quick_gelu)
+        self.ln_final = nn.LayerNorm(C) if c.final_ln else nn.Identity()
+        self.text_projection = nn.Parameter(torch.empty(C, c.embed_dim))
+        self.init_text_weights(C, c.text_layers)
+        self.logit_scale = nn.Parameter(torch.tensor(float(c.init_logit_scale)))  # log space
+        for name, (start, _, _) in self.geometry.scalars(c.embed_dim).items():
+            self.register_parameter(name, nn.Parameter(torch.tensor(start)))
+        mean, std = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
+        self.register_buffer("image_mean", mean.view(3, 1, 1), persistent=False)
+        self.register_buffer("image_std", std.view(3, 1, 1), persistent=False)
+
+    def init_text_weights(self, C, layers):
+        """OpenAI's rule. The vision tower keeps PyTorch's defaults, as in open_clip."""
+        out_std = C**-0.5 * (2 * layers) ** -0.5
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=C**-0.5)
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=C**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=out_std)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * C) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=out_std)
+
+    def embed(self, features, alpha):
+        """Features of a tower -> embeddings, in float32 at least."""
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(torch.promote_types(features.dtype, torch.float32))
+            return self.geometry.embed(features, getattr(self, alpha, None))
 
     def encode_image(self, images):
-        """images (N, 3, H, W): uint8, normalised here, or float, normalised already -> embeddings (N, D)."""
+        """images (N, 3, H, W): uint8, or float and already normalised -> embeddings (N, D)."""
         if images.dtype == torch.uint8:
             images = (images.to(self.image_mean) / 255 - self.image_mean) / self.image_std
-        return geo.project(self.visual(images), self.config.geometry, getattr(self, "alpha_image", None))
+        return self.embed(self.visual(images), "alpha_img")
 
     def encode_text(self, tokens, index=None):
-        """tokens (N, T) int64, T <= context_length, padded after the end token -> embeddings (N, D). `index` (R,): flat positions of
-        the real tokens in (N, T) where the caller knows them (data.Batches)."""
-        return geo.project(self.text(tokens, index), self.config.geometry, getattr(self, "alpha_text", None))
+        """tokens (N, T) int64, T <= context_length, padded after the end token, and what
+        `pack_tokens` gives for them -> embeddings (N, D)."""
+        N, T = tokens.shape
+        if index is None:
+            index = pack_tokens(tokens, self.config.vocab_size)
+        # F.embedding, because the gradient of table[i] is not reproducible with two CPU threads
+        x = self.token_embedding(tokens.flatten().index_select(0, index))  # (R, C)
+        x = x + F.embedding(index % T, self.positional_embedding)
+        ends = caption_lengths(tokens, self.config.vocab_size).cumsum(0) - 1  # rows of end tokens
+        x = self.transformer(x, Layout(T, True, index, N), ends)
+        return self.embed(self.ln_final(x) @ self.text_projection, "alpha_txt")
 
-    def curvature(self):
-        return self.log_curv.exp() if hasattr(self, "log_curv") else 1.0
+    def scalars(self):
+        """The learned scalars that the loss needs: logit scale and curvature (2,)."""
+        log_curv = getattr(self, "curvature", torch.zeros_like(self.logit_scale))
+        return torch.stack([self.logit_scale, log_curv]).exp()
+
+    def forward(self, images, tokens, index=None):
+        """-> image and text embeddings (N, D), scalars (2,). All parameters take part in them, as
+        DistributedDataParallel wants it."""
+        return self.encode_image(images), self.encode_text(tokens, index), self.scalars()
 
     def similarity(self, x, y):
-        """embeddings x (N, D), y (M, D) -> (N, M) by this model's geometry and logit, before the logit scale: larger = closer."""
-        return geo.similarity(x, y, self.config.geometry, self.logit, self.curvature())
+        """Embeddings x (N, D), y (M, D) -> (N, M) before the logit scale: larger is closer."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.geometry.similarity(x, y, self.config.logit, self.scalars()[1])
 
-    def forward(self, images, tokens, index=None, entailment_weight=0.0, min_radius=0.1, cached=None):
-        """images (N, 3, H, W), tokens (N, T): this process's share of the batch -> what `losses` returns.
+    def loss(self, image, text, scalars, entailment_weight=0.0, min_radius=0.1):
+        """What `forward` returns for the N pairs of this process -> dict of 0-d tensors:
 
-        cached: gradients of the loss with respect to both embeddings, (N, D) each, from a pass over a larger batch -> a stand-in for the
-        loss, whose backward pass hands them on to the towers (train.py, --micro_batch).
+        loss                       contrastive + entailment_weight * entailment
+        contrastive                cross entropy: each image among the texts of all processes, and
+                                   each text among the images
+        entailment, in_cone        mean angle (rad) of images outside the cones of their texts;
+                                   fraction of images inside. Not for the sphere
+        text_radius, image_radius  mean distance from the root
+
+        The mean over processes of `loss` and of its gradients is that of one with all pairs.
         """
-        image, text = self.encode_image(images), self.encode_text(tokens, index)
-        if cached is None:
-            return self.losses(image, text, entailment_weight, min_radius)
-        scalars = [self.logit_scale, *(getattr(self, name) for name in self.row.scalars)]   # all take part, as DistributedDataParallel expects
-        return (image * cached[0]).sum() + (text * cached[1]).sum() + 0 * sum(scalars)
+        geometry, logit, N = self.geometry, self.config.logit, len(image)
+        scale, curv = scalars.unbind()
+        with torch.autocast(image.device.type, enabled=False):
+            all_image, all_text = all_gather(image), all_gather(text)  # (M, D)
+            image_logits = scale * geometry.similarity(image, all_text, logit, curv)  # (N, M)
+            text_logits = image_logits.T
+            if world_size() > 1:
+                text_logits = scale * geometry.similarity(text, all_image, logit, curv)
+            match = rank() * N + torch.arange(N, device=image.device)
+            image_loss = F.cross_entropy(image_logits, match)
+            text_loss = F.cross_entropy(text_logits, match)
+            loss = contrastive = (image_loss + text_loss) / 2
+            out = {"contrastive": contrastive.detach()}
+            if geometry.cones or entailment_weight > 0:  # with a weight the sphere raises
+                outside = geometry.entailment_loss(text, image, min_radius, curv)  # (N,)
+                out["entailment"] = outside.mean().detach()
+                out["in_cone"] = (outside == 0).float().mean()
+                if entailment_weight > 0:
+                    loss = contrastive + entailment_weight * outside.mean()
+            root = geometry.root(torch.cat([all_image, all_text])).detach()
+            out["text_radius"] = geometry.distance_to_root(text.detach(), root).mean()
+            out["image_radius"] = geometry.distance_to_root(image.detach(), root).mean()
+        return {"loss": loss, **out}
 
-    def losses(self, image, text, entailment_weight=0.0, min_radius=0.1):
-        """Matching embeddings image, text (N, D) -> dict of 0-d tensors, means over this process's rows:
-
-        loss        contrastive + entailment_weight * entailment
-        contrastive cross entropy of each image among all texts and of each text among all images of all processes, averaged
-        entailment  mean angle (rad) by which images are outside the cones of their texts, before its weight; without cones: absent
-        inside      share of images inside the cone of their text; without cones: absent
-        text_radius, image_radius   mean distance from the root (clip: from the mean embedding of the batch)
-
-        The mean over processes of `loss`, and of every gradient (as DDP takes it), is that of one process with the whole batch.
-        """
-        all_image, all_text = gather(image), gather(text)                            # (M, D), M = N * processes
-        scale = self.logit_scale.exp()
-        image_logits = scale * self.similarity(image, all_text)                      # (N, M)
-        text_logits = image_logits.T if all_text is text else scale * self.similarity(text, all_image)
-        contrastive = contrastive_loss(image_logits, text_logits, rank() * len(image))
-        out = dict(loss=contrastive, contrastive=contrastive.detach())
-        if self.row.cone or entailment_weight > 0:   # which the sphere refuses
-            with torch.set_grad_enabled(torch.is_grad_enabled() and entailment_weight > 0):
-                outside = geo.entailment_loss(text, image, self.config.geometry, min_radius, self.curvature())
-            if entailment_weight > 0:
-                out["loss"] = contrastive + entailment_weight * outside.mean()
-            out.update(entailment=outside.detach().mean(), inside=(outside.detach() == 0).to(outside.dtype).mean())
-        with torch.no_grad():
-            root = self.row.root(torch.cat([all_image, all_text]))
-            for name, x in ("text_radius", text), ("image_radius", image):
-                out[name] = geo.distance_to_root(x, self.config.geometry, root).mean()
-        return out
+    def bounds(self):
+        """Learned scalars -> (lowest, highest). The logit scale has no lowest value."""
+        bounds = {"logit_scale": (-math.inf, math.log(self.config.max_logit_scale))}
+        for name, (_, low, high) in self.geometry.scalars(self.config.embed_dim).items():
+            bounds[name] = low, high
+        return bounds
 
     @torch.no_grad()
     def clamp_scalars(self):
-        """Bring the learned scalars back into their ranges; called after every optimizer step. logit_scale has no lower bound: the
-        authors clamp at 0, which turns their start of -1 (squared logits with entailment) into 0 after one step."""
-        self.logit_scale.clamp_(max=math.log(self.config.max_logit_scale))
-        for name, scalar in self.row.scalars.items():
-            getattr(self, name).clamp_(scalar.low, scalar.high)
-
-    def pinned_scalars(self):
-        """Names of the learned scalars that stand at a bound of their range."""
-        bounds = dict(logit_scale=(-math.inf, math.log(self.config.max_logit_scale)), **{k: (s.low, s.high) for k, s in self.row.scalars.items()})
-        return [name for name, ends in bounds.items() if any(math.isclose(getattr(self, name).item(), end, abs_tol=1e-6) for end in ends)]
+        """After every optimizer step. A clamp in the forward pass would have no gradient outside
+        the bounds: a value that got there would never come back."""
+        for name, (low, high) in self.bounds().items():
+            getattr(self, name).clamp_(low, high)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# checkpoints: ours, and open_clip's
+# ------------------------------------------------------------------------------------------------
+# checkpoints: {"state_dict": weights in open_clip's names, "config": ..., and more}
 
-FOREIGN_NAMES = {"alpha_img": "alpha_image", "alpha_txt": "alpha_text", "curvature": "log_curv"}   # theirs -> ours
+NUMBERS = [type(np.dtype(code)) for code in "?bhilfdBHIL"]  # numpy's, which some trainers keep
+PLAIN_VALUES = [np.dtype, np.float64(0).__reduce__()[0], argparse.Namespace, *NUMBERS]
+NOT_OURS = {  # the beginning of a parameter's name -> what such a file is
+    "visual.layer1": "a ResNet; only Vision Transformers are read",
+    "vision_model": "in Hugging Face's layout; convert it to open_clip's",
+    "model.": "wrapped by Lightning; remove 'model.' from its parameter names",
+}
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # in OpenAI's files
+HEADS_64 = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024)  # widths with 64 per head elsewhere
 
 
-def read_checkpoint(path):
-    """A file -> what was saved in it. Never runs code from the file. Raises ValueError with path, size and what was expected."""
+def load_checkpoint(path):
+    """A file of tensors and plain values -> dict. Its code is never run. Raises ValueError."""
     try:
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        size = os.path.getsize(path)
+        script = zipfile.is_zipfile(path) and "/code/" in str(zipfile.ZipFile(path).namelist())
+        with torch.serialization.safe_globals(PLAIN_VALUES):
+            checkpoint = script or torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"cannot read checkpoint {path}: {error.strerror or error}") from None
-    except Exception as error:   # torch.load has no base class for what a broken file can raise
-        raise ValueError(f"{path} ({size:,} bytes) is no checkpoint of tensors and plain values as train.py or open_clip save it: "
-                         f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}") from None
+        raise ValueError(f"cannot read checkpoint {path}: {error.strerror}") from None
+    except Exception:  # damaged files raise nearly anything
+        raise ValueError(f"{path} ({size:,} bytes) is no checkpoint of tensors and plain values, "
+                         "as train.py and open_clip write them") from None  # fmt: skip
+    if script:
+        raise ValueError(f"{path} is a TorchScript archive, which is a program. Convert it once:\n"
+                         f"    model = torch.jit.load({str(path)!r}, map_location='cpu')\n"
+                         "    torch.save(model.state_dict(), 'weights.pt')")  # fmt: skip
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} ({size:,} bytes) holds a {type(checkpoint).__name__}; expected a checkpoint or a state dict")
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
 
 
-def load_model(path, **overrides):
-    """A checkpoint file -> CLIP in eval mode, on the CPU.
+def find_weights(path, checkpoint):
+    """-> {name: tensor}, without prefixes of wrappers."""
+    weights = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(weights, dict) or isinstance(weights.get("model"), dict):
+        keys = ", ".join(map(str, checkpoint))
+        raise ValueError(f"{path} has no weights under 'state_dict', only {keys}")
+    names = {name: re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)) for name in weights}
+    for beginning, what in NOT_OURS.items():
+        if any(name.startswith(beginning) for name in names.values()):
+            raise ValueError(f"{path} is {what}")
+    return {new: weights[old] for old, new in names.items() if new not in NOT_WEIGHTS}
 
-    Our own need no override. open_clip's ({"state_dict": ...} or a bare state dict, prefixes `module.` and `_orig_mod.` accepted) give
-    all sizes by their shapes; `geometry` has to be told where the file cannot (clip or euclidean), head counts are width / 64 unless
-    told. Overrides: geometry, logit, quick_gelu, vision_heads, text_heads, tokenizer. Raises ValueError naming the key or file at fault.
-    """
-    checkpoint = read_checkpoint(path)
+
+def load_model(path, **overrides):
+    """Checkpoint -> CLIP in eval mode, on the CPU. The flags of its training are its .train_config.
+    The shapes in open_clip's files say all sizes. What they do not say can be given: geometry,
+    logit, tokenizer, quick_gelu, vision_heads, text_heads. Raises ValueError."""
+    checkpoint = load_checkpoint(path)
+    weights = find_weights(path, checkpoint)
     overrides = {k: v for k, v in overrides.items() if v is not None}
-    if "model_config" in checkpoint:
-        known = {f.name for f in fields(Config)}
-        config, weights = Config(**{k: v for k, v in checkpoint["model_config"].items() if k in known}), checkpoint["model"]
+    if "train_config" in checkpoint:  # ours
+        config = Config(**checkpoint["config"])
+        for key, value in overrides.items():
+            if getattr(config, key) != value:
+                raise ValueError(f"{path} has {key} {getattr(config, key)!r}, not {value!r}")
     else:
-        weights = native_names(checkpoint.get("state_dict", checkpoint))
-        config = infer_config(weights, path, **overrides)
+        config = infer_config(path, weights, **overrides)
     model = CLIP(config)
-    for key, value in overrides.items():   # of a foreign file they are what the model was just built with
-        if getattr(model.config, key) != value:
-            raise ValueError(f"{path} was trained with {key} {getattr(model.config, key)!r}, not {value!r}")
-    check_keys(model, weights, path)
-    model.load_state_dict(weights)
-    model.clamp_scalars()   # the authors clamp the curvature as they read it
-    model.recipe = checkpoint.get("train_config", {})   # the flags it was trained with; a foreign file has none
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # it lists missing, unexpected and misshapen parameters
+        raise ValueError(f"{path}: {' '.join(str(error).split())[:600]}") from None
+    model.clamp_scalars()  # the authors clamp the curvature when they read it
+    model.train_config = checkpoint.get("train_config", {})
     return model.eval()
 
 
-def native_names(weights):
-    """open_clip's parameter names -> ours; names that are ours already stay."""
-    renamed = {}
-    for key, value in weights.items():
-        key = re.sub(r"^(module\.|_orig_mod\.)+", "", str(key))
-        if re.match(r"(positional_embedding|text_projection|token_embedding|transformer|ln_final)\b", key):
-            key = "text." + key
-        renamed[FOREIGN_NAMES.get(key, key)] = value
-    return renamed
-
-
-def infer_config(weights, path, geometry=None, tokenizer="clip", **overrides):
-    """Read every size off the shapes of a state dict in our names."""
-    try:
-        shape = {k: tuple(v.shape) for k, v in weights.items()}
-        layers = {t: 1 + max(int(k.split(".")[3]) for k in shape if k.startswith(f"{t}.transformer.resblocks.")) for t in ("visual", "text")}
-        width, _, patch, _ = shape["visual.conv1.weight"]
-        vocab, text_width = shape["text.token_embedding.weight"]
-        grid = math.isqrt(shape["visual.positional_embedding"][0] - 1)
-        sizes = dict(image_size=grid * patch, patch_size=patch, vision_width=width, vision_layers=layers["visual"], text_width=text_width,
-                     text_layers=layers["text"], embed_dim=shape["visual.proj"][1], vocab_size=vocab,
-                     context_length=shape["text.positional_embedding"][0])
-    except (KeyError, ValueError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is not a CLIP with a ViT and a text transformer in open_clip's layout: cannot read {error}") from None
-    if geometry is None and "log_curv" in weights:
-        geometry = "hyperbolic"
+def infer_config(path, weights, geometry=None, tokenizer="clip", **overrides):
+    """Weights in open_clip's names -> Config."""
+    geometry = geometry or ("hyperbolic" if "curvature" in weights else None)
     if geometry is None:
-        raise ValueError(f"{path} does not say which geometry it was trained in; give --geometry clip or --geometry euclidean")
-    return Config(**sizes, geometry=geometry, tokenizer=tokenizer, final_ln="visual.ln_post.weight" in weights, **overrides)
-
-
-def check_keys(model, weights, path):
-    """Refuse missing keys, left-over keys and wrong shapes by name."""
-    ours, theirs = ({k: tuple(v.shape) for k, v in d.items()} for d in (model.state_dict(), weights))
-    faults = [f"missing {k}" for k in ours if k not in theirs] + [f"left over {k}" for k in theirs if k not in ours]
-    faults += [f"{k} has shape {theirs[k]}, not {ours[k]}" for k in ours if k in theirs and ours[k] != theirs[k]]
-    if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ValueError(f"{path} does not fit a {model.config.geometry} model of its size: {'; '.join(faults[:5])}{more}")
-
-
-def export(source, target):
-    """Write a checkpoint in open_clip's layout, so that its tools can read what was trained here."""
-    model = load_model(source)
-    theirs = {ours: name for name, ours in FOREIGN_NAMES.items()}
-    weights = {theirs.get(key, key.removeprefix("text.")): value for key, value in model.state_dict().items()}
-    torch.save(dict(epoch=0, name="nanoEuCLIP", state_dict=weights), target)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("python model.py out/ckpt.pt open_clip.pt: write our checkpoint in open_clip's layout")
+        raise ValueError(f"{path} does not say its geometry; give --geometry clip or euclidean")
     try:
-        export(*sys.argv[1:])
-    except (ValueError, OSError) as error:
-        print(f"model.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        vision_width, _, patch_size, _ = weights["visual.conv1.weight"].shape
+        grid = math.isqrt(len(weights["visual.positional_embedding"]) - 1)
+        vocab_size, text_width = weights["token_embedding.weight"].shape
+        context_length = len(weights["positional_embedding"])
+        embed_dim = weights["visual.proj"].shape[1]
+        blocks = Counter(name.split("transformer.")[0] for name in weights if "ln_1.weight" in name)
+        towers = (vision_width, blocks["visual."], text_width, blocks[""])
+        if 0 in towers:
+            raise KeyError("resblocks")
+    except (KeyError, ValueError, AttributeError, IndexError, TypeError):
+        raise ValueError(f"{path} has no ViT CLIP in open_clip's layout") from None
+    for tower, width in (("vision", vision_width), ("text", text_width)):
+        if f"{tower}_heads" not in overrides and width not in HEADS_64:
+            raise ValueError(f"{path}: how many heads has width {width}? Give --{tower}_heads")
+    return Config(
+        **sizes(grid * patch_size, patch_size, *towers, embed_dim),
+        vocab_size=vocab_size, context_length=context_length, geometry=geometry,
+        tokenizer=tokenizer, final_ln="ln_final.weight" in weights, **overrides,
+    )  # fmt: skip

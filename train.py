@@ -1,25 +1,31 @@
 """Train CLIP in one of three geometries.
 
-    python train.py                                                    # EuCLIP on the built-in shapes: a CPU, minutes
-    python train.py --geometry hyperbolic --entailment_weight 0.2      # MERU
-    torchrun --nproc_per_node=8 train.py --geometry euclidean          # eight processes, one batch
-    python train.py --resume                                           # go on with what is in out/
+    python train.py                                                # EuCLIP on drawn shapes (CPU)
+    python train.py --geometry hyperbolic --entailment_weight 0.2  # MERU
+    torchrun --nproc_per_node=8 train.py --geometry euclidean      # eight processes share a batch
+    python train.py --resume                                       # go on with what is in out/
 
-Processes split the batch, not the data: a run is the same run on one process or eight. Its whole state is out/ckpt.pt, its history
-out/log.jsonl; out/best.pt is the checkpoint with the best held-out retrieval. Units: batch in samples over all processes, periods and warm-up in steps, angles in radians.
+The batch of step s depends on (seed, s) alone, so a run is the same run on one process or eight,
+and after any number of stops. Its whole state is out/ckpt.pt, its history out/log.jsonl.
 """
 
+import os
+
+# The two threads of torch wait for each other in a loop; beside other programs that takes most of
+# the time. GNU's OpenMP reads this when torch is imported. Measurements: tests/bench.py threads
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import argparse
-import contextlib
 import datetime
+import fcntl
 import json
 import math
-import os
 import signal
 import sys
 import time
 import typing
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Optional
@@ -27,189 +33,211 @@ from typing import Optional
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 
+import data
 import evaluate
-import geometry as geo
-from data import Batches, find_tokenizer, held_out_pairs
-from model import CLIP, PRESETS, Config, any_length, check_keys, load_model, rank, read_checkpoint, world_size
+from geometry import GEOMETRIES, find_geometry
+from model import CLIP, PRESETS, Config, load_checkpoint, load_model, pack_tokens, rank, world_size
 
 
 def flag(default, help):
-    return field(default=default, metadata=dict(help=help))
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class TrainConfig:
-    """The flags. Defaults are the quick start's; README has the paper's setting."""
-    geometry: str = flag("euclidean", f"{', '.join(geo.GEOMETRIES)}; euclidean is EuCLIP, hyperbolic MERU")
-    logit: Optional[str] = flag(None, "default: the geometry's first; see geometry.GEOMETRIES")
+    """The flags. Defaults are the quick start's; README has the paper's."""
+
+    geometry: str = flag("euclidean", ", ".join(GEOMETRIES))
+    logit: Optional[str] = flag(None, "default: the geometry's first; see geometry.py")
     entailment_weight: float = flag(0.0, "lambda, the weight of the entailment loss")
-    min_radius: float = flag(0.1, "K: within this distance of the root cones are half-spaces")
-    final_min_radius: Optional[float] = flag(None, "K at the end, reached linearly; default: as at the start")
-    init_logit_scale: Optional[float] = flag(None, "in log space; default: the geometry's, for shapes a higher one")
+    min_radius: float = flag(0.1, "K: nearer the root cones are half-spaces")
+    final_min_radius: Optional[float] = flag(None, "K at the end, reached linearly")
+    init_logit_scale: Optional[float] = flag(None, "log space; default: the paper's, or for shapes")
     max_logit_scale: float = flag(100.0, "the factor itself")
-    model: str = flag("tiny", " ".join(PRESETS))
-    final_ln: Optional[bool] = flag(None, "LayerNorm at the end of both towers; default: the geometry's")
-    quick_gelu: Optional[bool] = flag(None, "QuickGELU, as in OpenAI's own weights; default: exact GELU, or what --init_from is known to have")
-    init_from: Optional[str] = flag(None, "start from the weights and sizes of this checkpoint, ours or open_clip's")
+    model: str = flag("tiny", ", ".join(PRESETS))
+    final_ln: Optional[bool] = flag(None, "LayerNorm at the end of both towers")
+    quick_gelu: Optional[bool] = flag(None, "as in OpenAI's own weights")
+    vision_heads: Optional[int] = flag(None, "default: width / 64")
+    text_heads: Optional[int] = flag(None, "default: width / 64")
+    init_from: Optional[str] = flag(None, "start with the weights and sizes of this checkpoint")
     data: str = flag("shapes", "shapes, tar shards, a .csv or .tsv, or a folder; see data.py")
     val_data: Optional[str] = flag(None, "held-out data, likewise; shapes has its own")
-    crop_scale: float = flag(0.9, "smallest share of a picture's area that a training crop keeps")
-    tokenizer: Optional[str] = flag(None, "bytes, clip, or any that tiktoken knows; default: bytes for tiny, else clip")
+    crop_scale: float = flag(0.9, "smallest fraction of a picture's area that a crop keeps")
+    tokenizer: Optional[str] = flag(None, "bytes, clip, or tiktoken's; default: bytes for tiny")
     batch_size: int = flag(128, "over all processes")
-    micro_batch: int = flag(0, "samples per process and pass, for batches that memory does not hold; 0: everything at once")
+    micro_batch: int = flag(0, "samples per process and pass, if memory is short; 0: all at once")
     samples: int = flag(90_000, "how many to see")
-    lr: float = flag(3e-3, "at its peak; from there by a cosine to 0")
+    lr: float = flag(3e-3, "at its peak; after the warm-up it falls to 0 by a cosine")
     warmup: Optional[int] = flag(None, "steps; default: a tenth of all, 500 at most")
     weight_decay: float = flag(0.2, "on matrices only")
     beta2: float = flag(0.98, "AdamW's")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: any")
     out_dir: str = flag("out", "for ckpt.pt and log.jsonl")
-    resume: bool = flag(False, "go on from out_dir/ckpt.pt; start where there is none")
+    resume: bool = flag(False, "go on from out_dir/ckpt.pt, or start if there is none")
     save_every: int = flag(1000, "steps")
     eval_every: Optional[int] = flag(None, "steps; default: five times in all")
     log_every: int = flag(20, "steps")
     device: Optional[str] = flag(None, "default: cuda, else mps, else cpu")
-    dtype: Optional[str] = flag(None, "of the towers, float32 or bfloat16; default: bfloat16 on cuda, else float32")
+    dtype: Optional[str] = flag(None, "float32 or bfloat16; default: bfloat16 on cuda")
     compile: Optional[bool] = flag(None, "torch.compile; default: on cuda")
-    workers: Optional[int] = flag(None, "loading processes per training process; default: its share of the cores, 8 at most")
+    workers: Optional[int] = flag(None, "loading processes per process; default: cores, at most 8")
     seed: int = flag(0, "of weights and data")
 
 
-def parse(argv=None):
-    """argv -> TrainConfig, names of the flags that were given. Unknown flags and wrong types end the program with a sentence."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+CHANGEABLE = ("samples", "lr", "warmup", "grad_clip", "min_radius", "final_min_radius", "workers",
+              "entailment_weight", "max_logit_scale", "val_data", "micro_batch", "resume",
+              "out_dir", "save_every", "eval_every", "log_every", "device", "dtype",
+              "compile")  # by the flags of a resumed run  # fmt: skip
+LOWEST = {"init_logit_scale": -math.inf, "max_logit_scale": 1e-9, "batch_size": 2, "log_every": 1,
+          "save_every": 1, "eval_every": 1}  # and 0 for all other numbers  # fmt: skip
+
+
+def parse_args(argv=None):
+    """-> TrainConfig, the names of the flags that were given."""
+    about = {"description": __doc__.split("\n")[0], "argument_default": argparse.SUPPRESS}
+    parser = argparse.ArgumentParser(**about, allow_abbrev=False)
     for f in fields(TrainConfig):
-        kind = next(t for t in (*typing.get_args(f.type), f.type) if t is not type(None))   # Optional[int] -> int
-        note = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
-        parser.add_argument(f"--{f.name}", help=note, **(dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)))
+        kind = next(t for t in (*typing.get_args(f.type), f.type) if t is not type(None))
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        default = "" if f.default is None else f" (default: {f.default})"
+        parser.add_argument(f"--{f.name}", help=f.metadata["help"] + default, **how)
     given = vars(parser.parse_args(argv))
     return TrainConfig(**given), set(given)
 
 
-def check(c):
-    """Refuse at the door what cannot work, fill in what follows from the rest -> number of steps. Raises ValueError."""
-    row, c.logit = geo.find(c.geometry, c.logit)
-    if c.entailment_weight > 0 and row.cone is None:
-        raise ValueError(f"--entailment_weight needs cones; {c.geometry} has none. Use --geometry {geo.with_cones()}.")
-    if not c.init_from and c.model not in PRESETS:
-        raise ValueError(f"no model {c.model!r}; choose one of {', '.join(PRESETS)}")
+def validate(c):
+    """Fill in what depends on other flags. Raises ValueError for what cannot work."""
+    geometry = find_geometry(c.geometry)
+    c.logit = geometry.find_logit(c.logit)
     for f in fields(c):
-        value = getattr(c, f.name)
-        lowest = dict(init_logit_scale=-math.inf, max_logit_scale=1e-9, log_every=1, save_every=1, eval_every=1, batch_size=2).get(f.name, 0)
+        value, lowest = getattr(c, f.name), LOWEST.get(f.name, 0)
         if isinstance(value, (int, float)) and not lowest <= value < math.inf:
-            raise ValueError(f"--{f.name} must be at least {lowest}; got {value}")
-    if not 0 < c.crop_scale <= 1 or not c.beta2 < 1:
-        raise ValueError(f"--crop_scale must be in (0, 1] and --beta2 in [0, 1); got {c.crop_scale} and {c.beta2}")
-    if c.batch_size % world_size():
-        raise ValueError(f"--batch_size {c.batch_size} is not divisible by {world_size()} processes")
-    share = c.batch_size // world_size()
-    if c.micro_batch and share % c.micro_batch:
-        raise ValueError(f"--micro_batch {c.micro_batch} does not divide the {share} samples of each process")
-    if c.dtype not in (None, "float32", "bfloat16"):
-        raise ValueError(f"--dtype {c.dtype}: choose float32 or bfloat16")
-    steps = c.samples // c.batch_size
-    if steps < 1:
-        raise ValueError(f"--samples {c.samples} is less than one batch of {c.batch_size}")
-    if c.warmup is None:
-        c.warmup = min(500, steps // 10)
-    if c.warmup >= steps:
-        raise ValueError(f"--warmup {c.warmup} leaves nothing of {steps} steps (--samples {c.samples} / --batch_size {c.batch_size})")
-    return steps
+            raise ValueError(f"--{f.name} must be at least {lowest}, not {value}")
+    steps, local = c.samples // c.batch_size, c.batch_size // world_size()
+    c.warmup = min(500, steps // 10) if c.warmup is None else c.warmup
+    c.eval_every = c.eval_every or max(1, math.ceil(steps / 5))
+    for wrong, message in (
+        (c.entailment_weight and not geometry.cones,
+         f"--entailment_weight needs cones; {c.geometry} has none: use another --geometry"),
+        (c.model not in PRESETS, f"no model {c.model!r}; choose one of {', '.join(PRESETS)}"),
+        (not 0 < c.crop_scale <= 1, f"--crop_scale must be in (0, 1], not {c.crop_scale}"),
+        (c.beta2 >= 1, f"--beta2 must be below 1, not {c.beta2}"),
+        (c.batch_size % world_size(),
+         f"--batch_size {c.batch_size} is not divisible by {world_size()} processes"),
+        (c.micro_batch and local % c.micro_batch,
+         f"--micro_batch {c.micro_batch} does not divide the {local} samples of a process"),
+        (steps < 1, f"--samples {c.samples} is less than one batch of {c.batch_size}"),
+        (c.warmup >= max(1, steps), f"--warmup {c.warmup} leaves nothing of {steps} steps"),
+        (c.dtype not in (None, "float32", "bfloat16"), "--dtype must be float32 or bfloat16"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(message)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# processes and devices
+# ------------------------------------------------------------------------------------------------
+# processes and signals
+
 
 def print0(*args):
     if rank() == 0:
         print(*args, flush=True)
 
 
-def join_processes(device):
-    """Meet the other processes, if torchrun started any -> this process's device. Raises ValueError for what does not fit together."""
+def join_processes(name):
+    """Meet the other processes, if torchrun started any -> the device of this one."""
+    device = evaluate.pick_device(name)
     if "RANK" not in os.environ:
+        if os.environ.get("SLURM_NTASKS", "1") != "1":
+            raise ValueError("each SLURM task would train alone; start one per machine, which runs "
+                             "torchrun --nproc_per_node=GPUS train.py")  # fmt: skip
         return device
-    missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    missing = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
     if missing:
-        raise ValueError(f"RANK is set, but not {', '.join(missing)}: start several processes with torchrun, or unset RANK")
+        raise ValueError(f"RANK is set, but not {', '.join(sorted(missing))}: use torchrun")
     if device.type == "cuda":
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
-            raise ValueError(f"process {local} of this machine has no GPU of its own: there are {gpus}; use --nproc_per_node={gpus}")
+            raise ValueError(f"process {local} has no GPU: there are --nproc_per_node={gpus}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    elif device.type != "cpu":
-        raise ValueError(f"several processes need cpu or cuda, not {device.type}; give --device cpu")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # A day: torchrun ends all processes when one fails, so a silence of hours is no failure
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     return device
 
 
-def mean_over_processes(values):
-    """0-d tensors -> their means over all processes, as floats."""
-    values = torch.stack([v.detach().float() for v in values])
+def any_process(flag):
+    """What is true on any process is true on all. It travels by gloo: no GPU has to wait."""
+    flag = torch.tensor(int(flag))
     if world_size() > 1:
-        dist.all_reduce(values)
-    return (values / world_size()).tolist()
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
 
 
-def on_any_process(raised):
-    """What is true on any process is true on all. It travels by gloo, so that no GPU has to wait for it."""
-    raised = torch.tensor(int(raised))
-    if world_size() > 1:
-        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-    return bool(raised)
-
-
-def from_process_0(function):
-    """Run on process 0 alone -> its result, or its ValueError, on all: files are looked at once."""
-    box = [None]
+def first_on_process_0(function):
+    """Call it on process 0, which makes what is missing on the disk, then on the others."""
+    if rank() > 0:
+        any_process(False)  # wait
+    result = function()
     if rank() == 0:
-        try:
-            box = [function()]
-        except (ValueError, OSError) as error:
-            box = [ValueError(str(error))]
-    if world_size() > 1:
-        dist.broadcast_object_list(box)
-    if isinstance(box[0], ValueError):
-        raise box[0]
-    return box[0]
+        any_process(False)
+    return result
+
+
+class Interrupted(KeyboardInterrupt):
+    pass
 
 
 class StopSignals:
-    """SIGTERM, SIGUSR1 (a cluster takes its machine back) and Ctrl-C do not end the program: they ask it to finish the step and save. A
-    second one ends it."""
+    """SIGTERM, SIGUSR1 and Ctrl-C: the step is finished and saved, but data is not waited for. A
+    second signal ends the program."""
 
     def __init__(self):
-        self.received = False
+        self.received = self.waiting = False
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         self.received = True
         signal.signal(number, signal.SIG_DFL)
+        if self.waiting:
+            raise Interrupted
+
+    def next(self, iterator):
+        """-> the next item, or None once a signal has come."""
+        try:
+            self.waiting = True
+            item = None if self.received else next(iterator)
+            self.waiting = False
+            return item
+        except Interrupted:
+            return None
+        finally:
+            self.waiting = False
 
 
 def choose_precision(c, device):
-    """-> (autocast for the towers, whether to compile). What the machine cannot do is refused if asked for, else left out."""
-    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if c.dtype == "bfloat16" and not bf16:
+    """-> autocast of the towers, whether to compile. Raises ValueError for what cannot be had."""
+    cuda = device.type == "cuda"
+    can = not cuda or torch.cuda.is_bf16_supported(including_emulation=False)
+    if c.dtype == "bfloat16" and not can:
         raise ValueError("--dtype bfloat16: this GPU cannot; use --dtype float32")
-    bf16 = c.dtype == "bfloat16" or (c.dtype is None and device.type == "cuda" and bf16)
-    torch.set_float32_matmul_precision("highest")   # torch's default, on purpose: TF32 has ten bits, and the geometry subtracts what it multiplied
-    compile = c.compile if c.compile is not None else device.type == "cuda"
-    if compile:
-        try:
-            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))   # without a C++ compiler or triton this fails
-        except Exception as error:
-            print0(f"torch.compile does not work here ({type(error).__name__}): going on without it")
-            compile = False
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16), compile
+    bfloat16 = c.dtype == "bfloat16" or (c.dtype is None and cuda and can)
+    compile = cuda if c.compile is None else c.compile
+    try:
+        if compile:
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # no C++ compiler, no triton
+        print0(f"torch.compile does not work here ({type(error).__name__}): going on without it")
+        compile = False
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), compile
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# the parts of a step: schedules are pure functions of the step
+# ------------------------------------------------------------------------------------------------
+# the parts of a step
+
 
 def learning_rate(step, steps, peak, warmup):
     if step < warmup:
@@ -221,320 +249,332 @@ def min_radius(step, steps, first, last):
     return first if last is None else first + (last - first) * step / max(1, steps - 1)
 
 
+def build_model(c):
+    torch.manual_seed(c.seed)  # the same weights on every process
+    names = ("geometry", "logit", "quick_gelu", "vision_heads", "text_heads")
+    settings = {name: getattr(c, name) for name in names}
+    if c.init_from:
+        model = load_model(c.init_from, **settings, tokenizer=c.tokenizer).train()
+        if c.final_ln not in (None, model.config.final_ln):
+            raise ValueError(f"{c.init_from} has final_ln {model.config.final_ln}: leave it out")
+        if data.vocab_size(model.config.tokenizer) != model.config.vocab_size:
+            raise ValueError(f"{c.init_from} has {model.config.vocab_size:,} tokens: --tokenizer?")
+        if c.init_logit_scale is not None:
+            model.logit_scale.data.fill_(c.init_logit_scale)
+        return model
+    tokenizer = c.tokenizer or ("bytes" if c.model == "tiny" else "clip")
+    scale = c.init_logit_scale
+    if scale is None and c.data == "shapes":  # few samples: see README, "Pitfalls"
+        scale = {"squared": 2.0, "cosine": 3.4, "arc": 3.4}.get(c.logit, 3.0)
+    elif scale is None:
+        scale = GEOMETRIES[c.geometry].init_logit_scale(c.logit, cones=c.entailment_weight > 0)
+    settings |= {"quick_gelu": bool(c.quick_gelu), "final_ln": c.final_ln, "tokenizer": tokenizer}
+    vocab_size = data.vocab_size(tokenizer)
+    return CLIP(
+        Config(**PRESETS[c.model], **settings, init_logit_scale=scale, vocab_size=vocab_size)
+    )
+
+
 def build_optimizer(model, c):
     """AdamW; weight decay on matrices only: not on gains, biases, the class token and scalars."""
-    groups = [dict(params=[p for p in model.parameters() if p.ndim >= 2], weight_decay=c.weight_decay),
-              dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)]
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    no_decay = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": c.weight_decay},
+              {"params": no_decay, "weight_decay": 0.0}]  # fmt: skip
     return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, c.beta2), eps=1e-6, fused=True)
 
 
-def split(batch, size):
-    """A batch -> parts of `size` samples. On the CPU, because what it computes has to be known there: a GPU would have to be waited for."""
-    N, T = batch["tokens"].shape
-    cuts = torch.searchsorted(batch["index"], torch.arange(0, N + 1, size) * T).tolist()
-    return [dict(images=batch["images"][i * size:(i + 1) * size], tokens=batch["tokens"][i * size:(i + 1) * size],
-                 index=batch["index"][cuts[i]:cuts[i + 1]] - i * size * T) for i in range(N // size)]
+def split_batch(images, tokens, micro_batch, vocab_size, device):
+    """-> [(images, tokens, index)] on the device, of micro_batch samples each; 0: of all."""
+    parts, size = [], micro_batch or len(images)
+    for images, tokens in zip(images.split(size), tokens.split(size)):
+        part = images, tokens, pack_tokens(tokens, vocab_size)
+        parts.append([x.to(device, non_blocking=True) for x in part])
+    return parts
 
 
-def backward(net, model, parts, autocast, **entailment):
-    """Gradients of the loss of the whole batch -> what CLIP.losses returns. parts: [batch], or what `split` made of it.
+def gradcache_backward(net, model, parts, autocast, loss, *loss_args):
+    """Gradients of the whole batch with only a part of it in memory (GradCache, arXiv:2101.06983).
 
-    In parts a batch never passes the towers at once: embed them without gradient, take the loss of all and its gradient with respect to
-    the embeddings, then embed the parts again and hand each its gradient. Unlike adding up the losses of small batches this is exact, for
-    every parameter, and processes exchange embeddings and gradients once.
+    Embed all parts without gradient. Take the loss of the whole batch and its gradients for the
+    embeddings. Then embed each part once more and send its rows of those gradients through the
+    towers. Unlike adding up losses of small batches this is exact, as long as the towers have no
+    dropout. It costs one more forward pass.
     """
-    if len(parts) == 1:
-        with autocast:
-            out = net(**parts[0], **entailment)
-        out["loss"].backward()
-        return out
-    with autocast, torch.no_grad():
-        image, text = (torch.cat(e) for e in zip(*((model.encode_image(p["images"]), model.encode_text(p["tokens"], p["index"])) for p in parts)))
-    image.requires_grad_(), text.requires_grad_()
-    out = model.losses(image, text, **entailment)
-    out["loss"].backward()   # reaches both embeddings, the logit scale and the curvature
-    cached = zip(image.grad.chunk(len(parts)), text.grad.chunk(len(parts)))
-    for i, (part, gradients) in enumerate(zip(parts, cached)):
-        wait = net is not model and i < len(parts) - 1   # processes add up their gradients after the last part
-        with net.no_sync() if wait else contextlib.nullcontext():
+    with torch.no_grad(), autocast:
+        images, texts, scalars = zip(*(model(*part) for part in parts))
+    embeddings = torch.cat(images), torch.cat(texts), scalars[0]
+    embeddings = [x.detach().requires_grad_() for x in embeddings]
+    losses = loss(*embeddings, *loss_args)
+    losses["loss"].backward()
+    image_grad, text_grad, scalars_grad = (x.grad for x in embeddings)
+    for i, part in enumerate(parts):
+        rows = slice(i * len(part[0]), (i + 1) * len(part[0]))
+        last = i == len(parts) - 1  # processes average their gradients after the last part
+        with nullcontext() if last or net is model else net.no_sync():
             with autocast:
-                stand_in = net(**part, cached=gradients)
-            stand_in.backward()
-    return out
+                outputs = net(*part)
+            grads = image_grad[rows], text_grad[rows], scalars_grad / len(parts)
+            torch.autograd.backward(outputs, grads)
+    return losses
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# checkpoints and reports
-
-MUST_AGREE = ("geometry", "logit", "model", "tokenizer", "batch_size", "seed", "data", "final_ln", "quick_gelu", "init_from",
-              "init_logit_scale")   # between a run and its resumption
+# ------------------------------------------------------------------------------------------------
+# a run and its folder
 
 
-def look_into(folder, c, given):
-    """Is there a checkpoint to go on from in the output folder? Raises ValueError where a run would be overwritten or does not fit."""
-    path = folder / "ckpt.pt"
+def lock_folder(folder):
+    """-> a file whose lock the system releases when this process ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"another run writes to {folder}; choose another --out_dir") from None
+    return lock
+
+
+def find_checkpoint(path, c, given):
+    """The checkpoint to go on from, or None. Raises ValueError if a run would be overwritten."""
     if not path.exists():
-        return False
+        if c.resume:
+            print0(f"nothing to resume in {path.parent}: starting afresh")
+        return None
     if not c.resume:
-        raise ValueError(f"{path} holds a run already; go on with --resume, or choose another --out_dir")
-    checkpoint = read_checkpoint(path)
-    if not {"optimizer", "train_config", "model_config"} <= set(checkpoint):
-        raise ValueError(f"{path} has no optimizer state: it can be evaluated, or started from with --init_from, but not resumed")
-    for name in MUST_AGREE:
-        if name in given and getattr(c, name) != checkpoint["train_config"][name]:
-            raise ValueError(f"{path} was trained with --{name} {checkpoint['train_config'][name]}, not {getattr(c, name)}")
-    return True
+        raise ValueError(f"{path} holds a run: go on with --resume, or choose another --out_dir")
+    checkpoint = load_checkpoint(path)
+    if not {"optimizer", "train_config", "config", "step"} <= set(checkpoint):
+        raise ValueError(f"{path} has no optimizer state: evaluate it, or use --init_from")
+    for name in given - set(CHANGEABLE):
+        mine, its = getattr(c, name), checkpoint["train_config"][name]
+        if mine != its:
+            raise ValueError(f"{path} was trained with --{name} {its}, not {mine}")
+    return checkpoint
 
 
-def save(path, model, optimizer, c, step, stream, best):
-    """Everything a run is, as tensors and plain values. The old file stays whole until the new one is on disk."""
-    streams = [(stream.state, dict(stream.skipped))]   # of each process
-    if world_size() > 1:
-        mine, streams = streams[0], [None] * world_size()
-        dist.all_gather_object(streams, mine)
-    if rank() == 0:
-        states, skipped = map(list, zip(*streams))
-        checkpoint = dict(format=1, model=model.state_dict(), model_config=asdict(model.config), train_config=asdict(c),
-                          optimizer=optimizer.state_dict(), step=step, samples=step * c.batch_size, stream=states, skipped=skipped, best=best,
-                          torch=str(torch.__version__))
-        temporary = path.with_suffix(".tmp")
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (RuntimeError, OSError) as error:   # torch.save turns a full disk into a RuntimeError
-            raise OSError(f"cannot write {temporary} ({error}); {path} is still what was saved before") from None
-        os.replace(temporary, path)
+def open_log(path, step):
+    """log.jsonl, on process 0, without lines beyond step; a kill can leave half a line."""
+    lines = path.read_text().splitlines() if step and path.exists() else []
+    file = open(path, "w")
+    for line in lines:
+        if line.endswith("}") and json.loads(line)["step"] <= step:
+            print(line, file=file, flush=True)
+    return file
 
 
-class Log:
-    """log.jsonl, one JSON object a line, on process 0. A resumed run drops lines beyond its checkpoint."""
+REPORT = {"loss": ".3f", "entailment": ".3f", "in_cone": ".0%", "text_radius": ".2f",
+          "image_radius": ".2f", "logit_scale": ".2f", "curvature": ".2f", "grad_norm": ".2f",
+          "lr": ".1e", "samples_per_second": ",.0f", "waiting": ".0%", "skipped": "",
+          "minutes_left": ".1f"}  # what is printed, and how  # fmt: skip
 
-    def __init__(self, path, step):
-        self.file = None
+
+class Run:
+    """What a training consists of, new or as it was when it stopped."""
+
+    def __init__(self, c, given):
+        self.device = join_processes(c.device)
+        self.folder = Path(c.out_dir)
+        checkpoint = find_checkpoint(self.folder / "ckpt.pt", c, given)
+        if checkpoint:  # flags that are not given are those of the run so far
+            kept = given | {"resume", "out_dir", "device", "workers"}
+            before = checkpoint["train_config"].items()
+            c = replace(c, **{k: v for k, v in before if k not in kept})
+        validate(c)
         if rank() == 0:
-            lines = path.read_text().splitlines() if step and path.exists() else []
-            self.file = open(path, "w")
-            for line in lines:
-                with contextlib.suppress(json.JSONDecodeError):   # a kill can leave half a line
-                    if (values := json.loads(line))["step"] <= step:
-                        self.write(**values)
+            self.lock = lock_folder(self.folder)
+        model = CLIP(Config(**checkpoint["config"])) if checkpoint else build_model(c)
+        model.config.max_logit_scale, c.tokenizer = c.max_logit_scale, model.config.tokenizer
+        self.c, self.model, self.steps = c, model.to(self.device), c.samples // c.batch_size
+        self.optimizer, self.step, self.skipped = build_optimizer(model, c), 0, Counter()
+        if checkpoint:
+            model.load_state_dict(checkpoint["state_dict"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.step = checkpoint["step"]
+            self.skipped.update(checkpoint["skipped"] if rank() == 0 else ())
+        self.nonfinite, self.reports_at_bound = torch.zeros((), device=self.device), Counter()
 
-    def write(self, **values):
-        if self.file:
-            print(json.dumps(values), file=self.file, flush=True)
+    def start(self):
+        """Everything that a finished run does not need any more."""
+        c, model = self.c, self.model
+        self.autocast, compile = choose_precision(c, self.device)
+        self.net, self.loss = model, model.loss
+        if compile:
+            model.compile()  # in place: parameters keep their names
+            self.loss = torch.compile(model.loss)
+        if world_size() > 1:
+            self.net = DDP(model, gradient_as_bucket_view=True)
+        self.workers = min(8, evaluate.cores()) if c.workers is None else c.workers
+        verbose, self.val_source = rank() == 0, evaluate.held_out_source(asdict(c))
+        source = first_on_process_0(lambda: data.open_source(c.data, verbose))
+        if self.val_source:
+            pairs = first_on_process_0(lambda: data.held_out_pairs(self.val_source, verbose))
+            self.held_out = pairs
+        self.batches = data.batches(
+            source, model.config, c.batch_size, c.crop_scale, c.seed, rank(), world_size(),
+            self.workers, self.step, self.skipped, pin_memory=self.device.type == "cuda",
+        )  # fmt: skip
+        if rank() == 0:
+            self.log = open_log(self.folder / "log.jsonl", self.step)
+        count = sum(p.numel() for p in model.parameters())
+        print0(" ".join(f"--{k} {v}" for k, v in asdict(c).items() if v is not None))
+        print0(f"torch {torch.__version__}, {self.device}, {world_size()} processes with "
+               f"{self.workers} loading each, {count:,} parameters")  # fmt: skip
+        if source:
+            print0(f"{len(source):,} samples in {c.data}; left out: {dict(source.left_out)}")
+        if source and len(source) < c.batch_size:
+            floor = math.log(c.batch_size / len(source))
+            print0(f"warning: a batch has pairs more than once: no loss below {floor:.2f}")
+        chance = math.log(c.batch_size)
+        print0(f"a model that knows nothing has loss ln({c.batch_size}) = {chance:.3f}")
+        self.stop = StopSignals()
+        self.since, self.waited, self.reported = time.monotonic(), 0.0, self.step
 
+    def next_batch(self):
+        """-> (images, tokens), None; or None, and why, if it is not because of a signal."""
+        since = time.monotonic()
+        try:
+            return self.stop.next(self.batches), None
+        except data.LoadingError as error:
+            return None, error
+        finally:
+            self.waited += time.monotonic() - since
 
-def training_line(r, steps, c):
-    """A report as one line for people."""
-    cones = f" + {c.entailment_weight:g} x {r['entailment']:.3f}" if c.entailment_weight > 0 else ""
-    inside = f" | in cone {r['inside']:4.0%}" if "inside" in r else ""
-    left = str(datetime.timedelta(seconds=round(r["seconds_left"]))).removeprefix("0:")
-    skipped = f" | {r['skipped']} skipped" if r["skipped"] else ""
-    hint = "; more --workers may help" if r["waiting"] > 0.3 else ""
-    return (f"step {r['step']:5d}/{steps} | loss {r['contrastive']:.3f}{cones}{inside} | radius text {r['text_radius']:.2f} image {r['image_radius']:.2f}"
-            f" | scale {r['logit_scale']:.2f} curv {r['curvature']:.2f} | grad {r['grad_norm']:.2f} | lr {r['lr']:.1e}"
-            f" | {r['samples_per_second']:,.0f}/s, {r['waiting']:.0%} waiting for data{hint}{skipped} | {left} left")
+    def write(self, values, text):
+        """A report: for programs and for people."""
+        if rank() == 0:
+            print(json.dumps({"step": self.step} | values), file=self.log, flush=True)
+            print(f"step {self.step}/{self.steps}  {text}", flush=True)
 
+    def report(self, losses, grad_norm, lr):
+        skipped = torch.tensor(float(sum(self.skipped.values())), device=self.device)
+        values = torch.stack([*losses.values(), skipped]).detach().float()
+        if world_size() > 1:
+            dist.all_reduce(values)
+        *means, skipped = values.tolist()
+        passed, count = time.monotonic() - self.since, self.step - self.reported
+        scale, curv = self.model.scalars().tolist()
+        r = {name: total / world_size() for name, total in zip(losses, means)}
+        r |= {"grad_norm": grad_norm.item(), "logit_scale": scale, "curvature": curv, "lr": lr,
+              "samples_per_second": count * self.c.batch_size / passed,
+              "waiting": self.waited / passed, "skipped": int(skipped),
+              "minutes_left": (self.steps - self.step) * passed / count / 60}  # fmt: skip
+        self.write(r, "  ".join(f"{k} {r[k]:{form}}" for k, form in REPORT.items() if k in r))
+        self.since, self.waited, self.reported = time.monotonic(), 0.0, self.step
+        for name, bounds in self.model.bounds().items():
+            if any(abs(getattr(self.model, name).item() - bound) < 1e-6 for bound in bounds):
+                self.reports_at_bound[name] += 1
+                if self.reports_at_bound[name] == 10:
+                    print0(f"warning: {name} stays at its bound: the loss asks for more")
 
-def held_out_figures(model, source, pairs, workers):
-    """Held-out data -> flat dict for the log. val_mean_r1 decides which checkpoint is the best."""
-    results = evaluate.held_out(model, source, pairs, workers=workers)
-    figures = {f"val_{k}": results["retrieval"][k] for k in ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "mean_r1")}
-    return figures | ({f"val_{k}": results["zero_shot"][k] for k in ("top1", "top5")} if results["zero_shot"] else {})
+    def check_finite(self, losses, grad_norm):
+        if self.nonfinite:
+            scale, curv = self.model.scalars().tolist()
+            values = {"logit scale": scale, "curvature": curv, "norm of the gradient": grad_norm}
+            values = ", ".join(f"{k} {float(v):.3g}" for k, v in (values | losses).items())
+            raise FloatingPointError(
+                f"the gradient is not finite at step {self.step}: {self.c.geometry}/{self.c.logit}"
+                f", {values}. --resume goes on from the last checkpoint; without one, try a lower "
+                "--lr or --init_logit_scale, or a longer --warmup"
+            )
 
+    def evaluate(self):
+        """By all processes, each a part, in the precision of the training."""
+        since, loading = time.monotonic(), {"workers": self.workers}
+        with self.autocast:
+            results = evaluate.held_out(self.model, self.val_source, self.held_out, **loading)
+        flat = {f"val_{k}": v for task in results.values() for k, v in task.items()}
+        metrics = {k: v for k, v in flat.items() if isinstance(v, float)}
+        self.write(metrics, "  ".join(f"{k} {v:.1%}" for k, v in metrics.items()))
+        self.since += time.monotonic() - since  # not part of the training's speed
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# the run
-
-def build_model(c, given):
-    """A new model, the same on every process; with --init_from one that starts from the weights and sizes of a file."""
-    torch.manual_seed(c.seed)
-    if c.init_from:
-        model = load_model(c.init_from, **{k: getattr(c, k) for k in ("geometry", "logit", "tokenizer", "quick_gelu") if k in given})
-        if c.final_ln not in (None, model.config.final_ln):
-            raise ValueError(f"{c.init_from} was trained with{'out' * c.final_ln} final LayerNorms; leave --final_ln out")
-        if find_tokenizer(model.config.tokenizer)[1] != model.config.vocab_size:
-            raise ValueError(f"{c.init_from} has {model.config.vocab_size:,} tokens, other than tokenizer {model.config.tokenizer}; give --tokenizer")
-        c.geometry, c.logit = model.config.geometry, model.logit
-        if "model" in given and any(getattr(model.config, k) != v for k, v in PRESETS[c.model].items()):
-            raise ValueError(f"{c.init_from} has not the sizes of --model {c.model}; leave --model out, the file says its sizes")
-        if c.init_logit_scale is not None:
-            model.logit_scale.data.fill_(c.init_logit_scale)
-        model.config.max_logit_scale = c.max_logit_scale
-        return model.train()
-    tokenizer = c.tokenizer or ("bytes" if c.model == "tiny" else "clip")
-    logit = geo.GEOMETRIES[c.geometry].logits[c.logit]
-    starts = (c.init_logit_scale, logit.scale_for_shapes if c.data == "shapes" else None,
-              logit.scale_with_cones if c.entailment_weight > 0 else None, logit.scale)   # the first that is given counts
-    return CLIP(Config(**PRESETS[c.model], vocab_size=find_tokenizer(tokenizer)[1], tokenizer=tokenizer, geometry=c.geometry, logit=c.logit,
-                       final_ln=c.final_ln, init_logit_scale=next(s for s in starts if s is not None),
-                       max_logit_scale=c.max_logit_scale, quick_gelu=bool(c.quick_gelu)))
-
-
-def prepare(c, given, folder):
-    """Flags and what is in the output folder -> flags with nothing left open, number of steps, the model, the checkpoint to go on from or None."""
-    before = None
-    if from_process_0(lambda: look_into(folder, c, given)):   # flags that were not given are those of the run so far
-        before = read_checkpoint(folder / "ckpt.pt")
-        c = replace(c, **{k: v for k, v in before["train_config"].items() if k not in given | {"resume", "out_dir", "device"}})
-    elif c.resume:
-        print0(f"nothing to resume in {folder}: starting afresh")
-    steps = check(c)
-    if before:
-        model = CLIP(Config(**before["model_config"]))
-        check_keys(model, before["model"], folder / "ckpt.pt")
-        model.load_state_dict(before["model"])
-        model.config.max_logit_scale = c.max_logit_scale
-    else:
-        model = build_model(c, given)
-    c.tokenizer, c.eval_every = model.config.tokenizer, c.eval_every or -(-steps // 5)
-    model.recipe.update(asdict(c))
-    return c, steps, model, before
-
-
-def distribute(model, device, compile):
-    """What is called in place of the model: compiled where asked, with gradients averaged over processes where there are several."""
-    if compile:
-        model.compile()   # in place: parameters keep their names
-    if world_size() == 1:
-        return model
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True,
-                                   broadcast_buffers=False)   # the only buffers are constants
-
-
-def introduce(c, model, device, workers):
-    print0(" ".join(f"--{k} {v}" for k, v in asdict(c).items() if v is not None))
-    print0(f"torch {torch.__version__}, {device}, {world_size()} process{'es' * (world_size() > 1)}, {workers} loading workers each, "
-           f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    print0(f"a model that knows nothing has loss ln({c.batch_size}) = {math.log(c.batch_size):.3f}")
-
-
-def scale_and_curvature(model):
-    return dict(logit_scale=model.logit_scale.exp().item(), curvature=torch.as_tensor(model.curvature()).item())
-
-
-class Guard:
-    """Watches for what quietly spoils a run, without making a GPU wait: from the first gradient that is not finite on, no step is taken on
-    any process (they share the gradient), until the host looks and stops them all."""
-
-    def __init__(self, device):
-        self.failed = torch.full((), -1, device=device)   # step of the first such gradient
-        self.pinned = Counter()                           # scalar -> reports in a row at its bound
-
-    def watch(self, optimizer, grad_norm, step):
-        self.failed = torch.where((self.failed < 0) & ~grad_norm.isfinite(), step, self.failed)
-        optimizer.found_inf = (self.failed >= 0).float()   # a fused optimizer leaves its step out where this is not 0
-
-    def stop(self, model, losses, grad_norm):
-        if self.failed >= 0:
-            values = scale_and_curvature(model) | {"norm of the gradient": grad_norm.item()} | {k: v.item() for k, v in losses.items()}
-            raise FloatingPointError(f"the gradient is not finite at step {self.failed.item()}: geometry {model.config.geometry}/{model.logit}, "
-                                     + ", ".join(f"{k.replace('logit_scale', 'logit scale')} {v:.3g}" for k, v in values.items()))
-
-    def warn(self, model):
-        for name in model.pinned_scalars():
-            self.pinned[name] += 1
-            if self.pinned[name] == 10:
-                print0(f"warning: {name} has been at its bound for 10 reports: the loss asks for more than it is allowed")
+    def save(self):
+        """The old file stays whole until the new one is on the disk."""
+        counts, path = [self.skipped] * world_size(), self.folder / "ckpt.pt"
+        if world_size() > 1:
+            dist.all_gather_object(counts, self.skipped)
+        state = {"state_dict": self.model.state_dict(), "config": asdict(self.model.config),
+                 "optimizer": self.optimizer.state_dict(), "train_config": asdict(self.c),
+                 "step": self.step, "skipped": dict(sum(counts, Counter())),
+                 "epoch": 0}  # which open_clip looks for  # fmt: skip
+        if rank() == 0:
+            try:
+                with open(path.with_suffix(".tmp"), "wb") as file:
+                    torch.save(state, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(path.with_suffix(".tmp"), path)
+            except (RuntimeError, OSError) as error:  # torch makes the first of a full disk
+                raise OSError(f"cannot write {path} ({error}); it is still the last one") from None
 
 
 def train(c, given):
-    stop = StopSignals()
-    device = join_processes(evaluate.pick_device(c.device))
-    folder = Path(c.out_dir)
-    c, steps, model, before = prepare(c, given, folder)
-    first, best = (before["step"], before.get("best")) if before else (0, None)
+    run = Run(c, given)
+    c, model, optimizer, steps, first = run.c, run.model, run.optimizer, run.steps, run.step
     if first >= steps:
-        return print0(f"{folder / 'ckpt.pt'} is already complete: {first} steps")
+        return print0(f"{run.folder / 'ckpt.pt'} is already complete: {first} steps")
+    run.start()
+    began = time.monotonic()
+    for step in range(first, steps):
+        lr = learning_rate(step, steps, c.lr, c.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        K = min_radius(step, steps, c.min_radius, c.final_min_radius)
+        K = torch.tensor(K, device=run.device)  # torch.compile would make a constant of a float
 
-    autocast, compile = choose_precision(c, device)
-    optimizer = build_optimizer(model.to(device), c)
-    if before:
-        optimizer.load_state_dict(before["optimizer"])
-        for group, decay in zip(optimizer.param_groups, (c.weight_decay, 0.0)):   # which brings the old rates along
-            group.update(weight_decay=decay, betas=(0.9, c.beta2))
-    net = distribute(model, device, compile)
+        batch, failure = run.next_batch()
+        if any_process(batch is None):
+            run.save()
+            if failure:
+                raise failure
+            return print0(f"stopped by a signal after step {step}; go on with --resume")
+        parts = split_batch(*batch, c.micro_batch, model.config.vocab_size, run.device)
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if c.workers is None else c.workers
-    stream = Batches(c.data, c.batch_size, model.config.image_size, c.tokenizer, model.config.context_length, c.crop_scale, c.seed, rank(),
-                     world_size(), workers, step=first, states=before and before["stream"], skipped=before and before["skipped"],
-                     pin_memory=device.type == "cuda")
-    del before   # a copy of all weights
-    val_source, held = evaluate.held_out_source(model.recipe), []
-    if val_source:
-        from_process_0(lambda: held.append(held_out_pairs(val_source)))   # now, not after the first thousand steps
-    from_process_0(lambda: folder.mkdir(parents=True, exist_ok=True))
-    log, guard = Log(folder / "log.jsonl", first), Guard(device)
-    introduce(c, model, device, workers)
+        if len(parts) == 1:
+            with run.autocast:
+                image, text, scalars = run.net(*parts[0])
+            losses = run.loss(image, text, scalars, c.entailment_weight, K)
+            losses["loss"].backward()
+        else:
+            losses = gradcache_backward(
+                run.net, model, parts, run.autocast, run.loss, c.entailment_weight, K
+            )
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
+        run.nonfinite = torch.maximum(run.nonfinite, (~grad_norm.isfinite()).float())
+        optimizer.found_inf = run.nonfinite  # from now on a fused optimizer takes no step
+        optimizer.step()
+        optimizer.zero_grad()
+        model.clamp_scalars()
 
-    started = since = time.monotonic()
-    waited, reported = 0.0, first
-    with contextlib.closing(iter(stream)) as batches:   # ends the loading processes, whatever happens
-        for step in range(first, steps):
-            lr = learning_rate(step, steps, c.lr, c.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-
-            asked = time.monotonic()
-            batch = next(batches)
-            parts = [{k: v.to(device, non_blocking=True) for k, v in part.items()} for part in (split(batch, c.micro_batch) if c.micro_batch else [batch])]
-            waited += time.monotonic() - asked
-            for part in parts if compile else []:
-                any_length(part["tokens"], part["index"])
-
-            K = torch.full((), min_radius(step, steps, c.min_radius, c.final_min_radius), device=device)   # a float that changes would recompile
-            optimizer.zero_grad()
-            losses = backward(net, model, parts, autocast, entailment_weight=c.entailment_weight, min_radius=K)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
-            guard.watch(optimizer, grad_norm, step + 1)
-            optimizer.step()
-            model.clamp_scalars()
-
-            done, stopping = step + 1, on_any_process(stop.received)
-            reporting, saving = (done == steps or stopping or done % every == 0 for every in (c.log_every, c.save_every))
-            judging = val_source and (done % c.eval_every == 0 or done == steps)
-            if reporting or saving or judging or device.type != "cuda":   # elsewhere looking costs nothing
-                guard.stop(model, losses, grad_norm)
-            if reporting:
-                r = dict(step=done, **dict(zip(losses, mean_over_processes(losses.values()))), grad_norm=grad_norm.item(),
-                         **scale_and_curvature(model), lr=lr)
-                passed, count = time.monotonic() - since, done - reported
-                r |= dict(samples_per_second=count * c.batch_size / passed, waiting=waited / passed, seconds_left=(steps - done) * passed / count,
-                          skipped=sum(stream.skipped.values()))
-                log.write(**r)
-                print0(training_line(r, steps, c))
-                guard.warn(model)
-                since, waited, reported = time.monotonic(), 0.0, done
-            if judging:
-                asked = time.monotonic()
-                figures = from_process_0(lambda: held_out_figures(model, val_source, held[0], workers))
-                log.write(step=done, **figures)
-                print0(f"held-out after {done} steps: " + ", ".join(f"{k[4:]} {v:.1%}" for k, v in figures.items() if v is not None))
-                score = figures["val_mean_r1"]
-                if score is not None and (best is None or score > best):
-                    best = score
-                    save(folder / "best.pt", model, optimizer, c, done, stream, best)
-                since += time.monotonic() - asked   # not part of the training speed
-            if saving or judging:   # never a best checkpoint without one to go on from
-                save(folder / "ckpt.pt", model, optimizer, c, done, stream, best)
-            if stopping:
-                return print0(f"stopped by a signal after step {done}; go on with --resume")
-    print0(f"{steps} steps in {time.monotonic() - started:.0f} s; {folder / 'ckpt.pt'} is ready for evaluate.py")
+        run.step = step + 1
+        last = run.step == steps
+        reporting = last or run.step % c.log_every == 0
+        evaluating = run.val_source and (last or run.step % c.eval_every == 0)
+        saving = last or evaluating or run.step % c.save_every == 0
+        if reporting or saving or run.device.type != "cuda":  # a GPU would have to be waited for
+            run.check_finite(losses, grad_norm)
+        if reporting:
+            run.report(losses, grad_norm, lr)
+        if saving:
+            run.save()  # before evaluating, which can take long, or fail
+        if evaluating:
+            run.evaluate()
+    seconds, path = time.monotonic() - began, run.folder / "ckpt.pt"
+    print0(f"{steps - first} steps in {seconds:.0f} s; {path} is ready for evaluate.py")
 
 
-@record   # torchrun shows the error of the process that failed first, last
+@record  # torchrun shows the error of the process that failed first
 def main():
-    c, given = parse()
+    c, given = parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         train(c, given)
-    except (ValueError, OSError, FloatingPointError, dist.DistError) as error:   # what a user can mend gets a sentence
+    except (FloatingPointError, data.LoadingError) as error:
+        sys.exit(f"train.py: {error}")  # status 1
+    except (ValueError, OSError, dist.DistError) as error:  # what a user can mend
         print(f"train.py: {error}", file=sys.stderr, flush=True)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
-    if dist.is_initialized():   # not after a failure: it would wait for the other processes
-        dist.barrier()   # leave together: threads of a process that leaves while others still talk to it can abort
+        sys.exit(2)
+    if dist.is_initialized():
+        dist.barrier()  # threads of a process that leaves early can abort the others
         dist.destroy_process_group()
 
 

@@ -1,22 +1,21 @@
-"""pytest runs in the repository root; the five files are imported from there."""
+"""Fixtures of all tests."""
 
 import signal
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data
+from common import data
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def time_limit(request):
-    """A hang is a failure: an alarm ends the test after the module's TIME_LIMIT, or 30 seconds."""
+    """A hang is a failure: an alarm ends each test after five minutes, or its mark's seconds."""
+
     def ring(number, frame):
         raise TimeoutError("this hangs")
+
+    mark = request.node.get_closest_marker("seconds")
     previous = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(getattr(request.module, "TIME_LIMIT", 30))
+    signal.alarm(mark.args[0] if mark else 300)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, previous)
@@ -24,8 +23,12 @@ def time_limit(request):
 
 @pytest.fixture
 def few_held_out(monkeypatch):
-    """Runs in the test's own process are judged on a tenth of the held-out shapes, where figures are not the point."""
+    """Runs in the test's own process are evaluated on a tenth of the held-out shapes."""
     monkeypatch.setattr(data, "HELD_OUT", 48)
     data.held_out_scenes.cache_clear()
     yield
     data.held_out_scenes.cache_clear()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "seconds(n): the time limit of a test that takes long")
