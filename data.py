@@ -196,7 +196,7 @@ def load_training_crop(item, size, scale, rng):
     """A random rectangle of the picture, made square -> uint8 (3, size, size). A JPEG is decoded at
     half, quarter or eighth size (`draft`) where that is enough, which is faster."""
     image = open_image(item)
-    turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation: stored on its side
+    turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF orientation: on its side
     w, h = image.size[::-1] if turned else image.size
     left, top, right, bottom = random_box(w, h, scale, rng)
     enough = math.ceil(w * size / (right - left)), math.ceil(h * size / (bottom - top))
@@ -404,13 +404,13 @@ def read_csv(path):
     tabs = "\t" in text.partition("\n")[0]
     how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
     rows = csv.reader(io.StringIO(text, newline=""), skipinitialspace=not tabs, **how)
-    swallowed = re.compile(r"\n.*\.(jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
+    swallowed = re.compile(r"[\r\n].*\.(jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
     pairs = []
     try:
         header = [name.strip() for name in next(rows, [])]
         if not {"filepath", "title"} <= set(header):
             raise ValueError(f"columns {', '.join(header) or 'none'}; wanted filepath and title")
-        for row in rows:
+        for row in filter(None, rows):  # blank lines are none
             if len(row) > len(header) or any(map(swallowed.search, row)):
                 raise ValueError("more fields than columns, or a quotation mark that never closes")
             row = dict(zip(header, row))
@@ -460,16 +460,15 @@ class PairList:
 
 def expand_braces(pattern):
     """As the shell does: {a,b}, {000..011}, nested ones."""
-    match = re.search(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", pattern)
+    match = re.search(r"\{([^{}]*,[^{}]*|\d+\.\.\d+)\}", pattern)
     if not match:
         return [pattern]
-    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if bounds:
-        first, last = int(bounds[1]), int(bounds[2])
-        step = 1 if first <= last else -1
-        items = [str(i).zfill(len(bounds[1])) for i in range(first, last + step, step)]
-    else:
-        items = match[1].split(",")
+    items = match[1].split(",")
+    if len(items) == 1:
+        first, last = bounds = match[1].split("..")
+        padded = any(len(bound) > 1 and bound.startswith("0") for bound in bounds)
+        width, step = max(map(len, bounds)) if padded else 0, 1 if int(first) <= int(last) else -1
+        items = [str(i).zfill(width) for i in range(int(first), int(last) + step, step)]
     before, after = pattern[: match.start()], pattern[match.end() :]
     expanded = itertools.chain.from_iterable(expand_braces(before + i + after) for i in items)
     return list(dict.fromkeys(expanded))
@@ -503,10 +502,10 @@ def scan_shard(path):
                     links[name] = os.path.normpath(os.path.join(folder, member.linkname))
                 elif member.isfile() and member.offset_data + member.size <= total:
                     members.setdefault(name, (member.offset_data, member.size))
-                end = member.offset_data + math.ceil(member.size / 512) * 512
+                end = min(total, member.offset_data + math.ceil(member.size / 512) * 512)
         rest = read_slice(path, end, 2**20)
         damaged = len(rest) < 512 or bool(rest.strip(b"\0"))
-    except (OSError, ValueError, tarfile.TarError):
+    except Exception:  # tarfile raises nearly anything on noise
         pass
     members |= {name: members[target] for name, target in links.items() if target in members}
     return members, sum(name not in members for name in links), end if damaged else -1
@@ -536,9 +535,10 @@ def index_shard(path):
     """What `make_index` gives in a second for 10,000 samples, kept beside the shard (in ~/.cache
     where that cannot be written), and made anew when the shard has changed."""
     stat, name = os.stat(path), hashlib.sha1(os.fsencode(os.path.abspath(path))).hexdigest()
-    files = Path(f"{path}.index.npy"), Path.home() / ".cache" / "nanoeuclip" / f"{name}.npy"
+    cache = Path(os.path.expanduser("~/.cache/nanoeuclip"))
+    files = Path(f"{path}.index.npy"), cache / f"{name}.npy"
     for file in files:
-        with suppress(OSError, ValueError, EOFError, IndexError):  # none yet, or cut off
+        with suppress(Exception):  # none yet, or cut off, or something else
             index = np.load(file)
             if tuple(index[0, :2]) == (stat.st_size, stat.st_mtime_ns) and index.shape[1] == 5:
                 return index
@@ -619,7 +619,8 @@ def held_out_pairs(source, verbose=True):
         except (BadCaption, OSError) as error:
             left_out[skip_reason(error)] += 1
     image_of_caption = [i for i, texts in enumerate(captions_of.values()) for _ in texts]
-    return list(captions_of), sum(captions_of.values(), []), image_of_caption, left_out
+    captions = list(itertools.chain.from_iterable(captions_of.values()))
+    return list(captions_of), captions, image_of_caption, left_out
 
 
 # ------------------------------------------------------------------------------------------------
