@@ -158,8 +158,8 @@ def retrieval_metrics(similarity, images, texts, image_of_caption):
         out[f"i2t_r{k}"], out[f"t2i_r{k}"] = recall_at_k(i2t, k, M), recall_at_k(t2i, k, N)
         # an image misses by chance if all of k texts, drawn without return, are of other images
         missed = [math.prod(max(0, M - n - i) / max(1, M - i) for i in range(k)) for n in captions]
-        chance[f"i2t_r{k}"] = 1 - sum(missed) / len(missed)
-        chance[f"t2i_r{k}"] = min(1, k / N)
+        chance[f"i2t_r{k}"] = 1 - sum(missed) / len(missed) if k <= M else None
+        chance[f"t2i_r{k}"] = k / N if k <= N else None
     r1 = out["i2t_r1"], out["t2i_r1"]
     return out | {"mean_r1": None if None in r1 else sum(r1) / 2, "chance": chance}
 
@@ -364,7 +364,8 @@ def karpathy_split(path, folder, split):
             if entry["split"] == split:
                 nested = os.path.join(folder, entry.get("filepath") or "", entry["filename"])
                 flat = os.path.join(folder, entry["filename"])
-                texts = [data.clean_captions(sentence["raw"])[0] for sentence in entry["sentences"]]
+                raw = [sentence["raw"] for sentence in entry["sentences"]]
+                texts = data.clean_captions(raw) if raw else []
                 captions += texts
                 image_of_caption += [len(items)] * len(texts)
                 items.append(nested if os.path.exists(nested) else flat)

@@ -1,16 +1,17 @@
-"""The study: every geometry, logit and entailment weight on the built-in shapes, three seeds each.
+"""The study: every geometry, logit and entailment weight on the built-in shapes, by several seeds.
 
-    python tests/study.py                          # trains what is missing, evaluates, writes tables.md and pictures to out_study
-    python tests/study.py --samples 9_000 --seeds 1
+    python tests/study.py                                          # out_study/, assets/results.md
+    python tests/study.py --samples 9_000 --seeds 2 --out out_try  # all of it in out_try/
 
-Runs are those of `train.py` with the flags below, one thread and one core each, as many at once as there are cores. What is done is
-skipped, so the study can be interrupted and called again. Results: README, "Results".
+Runs are those of train.py, one thread each, as many at once as there are cores. What is done is
+skipped, so the study can be interrupted and called again. Results: README, and assets/results.md.
 """
 
 import argparse
+import hashlib
 import json
+import math
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -20,179 +21,263 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import evaluate
 from assets import figures
 from geometry import GEOMETRIES
+from model import load_model
+
+CODE = ("geometry.py", "model.py", "data.py", "evaluate.py", "train.py")
+OUT, SAMPLES, SEEDS, FEWER = ROOT / "out_study", 90_000, 10, 4
+DEFAULT = {g: f"{g}-{geometry.logits[0]}" for g, geometry in GEOMETRIES.items()}
+WITH_CONES = {g: f"{DEFAULT[g]}-0.2" for g, geometry in GEOMETRIES.items() if geometry.cones}
 
 
 def runs():
-    """-> {name: flags}: {geometry} x {logit} x {lambda}; then for the default logits the other choice of final LayerNorms, and wider cones."""
+    """-> {name: (seeds, flags)}. 0.2 is lambda, the weight of the entailment loss; ln and no_ln are
+    the choice of final LayerNorms that is not the geometry's own."""
     table = {}
-    for geometry, row in GEOMETRIES.items():
-        for logit in row.logits:
-            flags = ["--geometry", geometry, "--logit", logit, "--entailment_weight"]
-            table[f"{geometry}-{logit}"] = [*flags, "0"]
-            if row.cone:
-                table[f"{geometry}-{logit}-0.2"] = [*flags, "0.2"]
-    for geometry, row in GEOMETRIES.items():
-        table[f"{geometry}-no_ln" if row.final_ln else f"{geometry}-ln"] = ["--geometry", geometry, "--no-final_ln" if row.final_ln else "--final_ln"]
-    cones = ["--geometry", "euclidean", "--entailment_weight", "0.2", "--min_radius", "0.3"]
-    return table | {"euclidean-squared-0.2-K0.3": cones, "euclidean-squared-0.2-K0.3to0.1": [*cones, "--final_min_radius", "0.1"]}
+    for g, geometry in GEOMETRIES.items():
+        for logit in geometry.logits:
+            name, seeds = f"{g}-{logit}", SEEDS if logit == geometry.logits[0] else FEWER
+            flags = ["--geometry", g, "--logit", logit, "--entailment_weight"]
+            table[name] = seeds, [*flags, "0"]
+            if geometry.cones:
+                table[f"{name}-0.2"] = seeds, [*flags, "0.2"]
+        name, other = ("no_ln", "--no-final_ln") if geometry.final_ln else ("ln", "--final_ln")
+        table[f"{g}-{name}"] = SEEDS, ["--geometry", g, other]
+    name, cones = "euclidean-squared-0.2", table["euclidean-squared-0.2"][1]
+    for K, more in (("K0.3", []), ("K0.3to0.1", ["--final_min_radius", "0.1"])):
+        table[f"{name}-{K}"] = FEWER, [*cones, "--min_radius", "0.3", *more]
+    return table
+
+
+def refuse_to_mix(out, samples):
+    """A digest of all that decides what comes out, code and flags, stands beside the runs."""
+    code = b"".join((ROOT / name).read_bytes() for name in CODE)
+    mine = hashlib.sha256(code + json.dumps([samples, runs()]).encode()).hexdigest()
+    if not (out / "digest").exists():
+        (out / "digest").write_text(mine)
+    if (out / "digest").read_text() != mine:
+        sys.exit(f"{out} holds a study of other code or flags: choose another --out, or remove it")
 
 
 def call(command, log):
-    """Run a program on one thread. Its output goes to a file; a failure is told and does not stop the others."""
+    """A program on one thread. A failure is told and does not stop the others."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(log, "w") as file:
-        code = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                              env=os.environ | dict(OMP_NUM_THREADS="1")).returncode
-    print(f"{log.parent.name}: {command[0]} " + (f"failed, see {log}" if code else "has ended"), flush=True)
+        command = [sys.executable, *map(str, command)]
+        code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, env=env).returncode
+    print(f"{log.parent.name}: {log.stem} {f'failed, see {log}' if code else 'ended'}", flush=True)
 
 
-def is_trained(folder):
-    """Told by the output of the last call; a run that was interrupted or failed left something else there."""
-    told = folder / "train.txt"
-    return told.exists() and re.search(r"ckpt.pt is (ready for|already complete)", told.read_text()) is not None
+def is_trained(folder, samples):
+    if not (folder / "ckpt.pt").exists():
+        return False
+    checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
+    return checkpoint["step"] == samples // checkpoint["train_config"]["batch_size"]
 
 
 def one(folder, flags, seed, samples):
-    """Train and evaluate one run, each unless it is done."""
+    """Train and evaluate one run, unless it is done."""
+    result, evaluated = folder / "result.json", folder / "evaluate.json"
+    if result.exists():
+        return
+    refuse_to_mix(folder.parent, samples)
     folder.mkdir(parents=True, exist_ok=True)
-    result = folder / "result.json"
-    if not is_trained(folder):
-        result.unlink(missing_ok=True)
-        call(["train.py", *flags, "--seed", seed, "--samples", samples, "--workers", 0, "--device", "cpu", "--out_dir", folder, "--resume"],
-             folder / "train.txt")
-    if is_trained(folder) and not result.exists():
-        call(["evaluate.py", folder / "ckpt.pt", "--device", "cpu", "--json", result], folder / "evaluate.txt")
+    common = ["--device", "cpu", "--workers", 0]
+    run = ["--seed", seed, "--samples", samples, "--out_dir", folder, "--resume"]
+    if not is_trained(folder, samples):
+        call(["train.py", *flags, *run, *common], folder / "train.txt")
+    if is_trained(folder, samples):
+        command = ["evaluate.py", folder / "ckpt.pt", "--json", evaluated, *common]
+        call(command, folder / "evaluate.txt")
+    refuse_to_mix(folder.parent, samples)  # has the code changed in the meantime?
+    if evaluated.exists():
+        metrics, model = json.loads(evaluated.read_text()), load_model(folder / "ckpt.pt")
+        images, texts, _, chains = evaluate.embed_hierarchy(model)
+        metrics["traversal"] = traversal_metrics(model, images, texts, chains)
+        if K := evaluate.last_min_radius(model):
+            metrics["traversal_in_cones"] = traversal_metrics(model, images, texts, chains, K)
+        result.write_text(json.dumps(metrics))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+def traversal_metrics(model, images, texts, chains, min_radius=None):
+    """captions: mean number on a way; changes: from a caption to the next, on all ways together;
+    to_general, to_specific: fractions of these by level. The root does not count."""
+    level, captions, changes = {}, 0, []
+    for chain in chains:
+        level |= {text: i for i, text in enumerate(chain)}
+    for way in evaluate.traverse(model, images, texts, min_radius):
+        levels = [level[text] for _, text in way if text < len(texts)]
+        captions += len(levels)
+        changes += [b - a for a, b in zip(levels, levels[1:])]
+    n = len(changes)
+    return {"captions": captions / len(images), "changes": n,
+            "to_general": sum(c < 0 for c in changes) / n if n else None,
+            "to_specific": sum(c > 0 for c in changes) / n if n else None}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
 # what came out
 
-REFERENCE = "clip-cosine"   # seeds differ more than geometries, and in the same way for all: runs are compared seed by seed
-COLUMNS = {   # table -> {title: (where `everything` has it, factor, digits)}
+R1 = ("retrieval.mean_r1", 100, 1)  # where a result has it, factor, digits
+TOP1 = ("zero_shot.top1", 100, 1)
+GENERAL = ("hierarchy.general_nearer", 100, 1)
+TABLES = {
     "accuracy and radius": {
-        "top-1 %": ("zero_shot.top1", 100, 1),
-        "R@1 %": ("retrieval.mean_r1", 100, 1),
-        f"R@1 minus {REFERENCE}'s": ("ahead", 100, 1),
+        "top-1 %": TOP1, "R@1 %": R1, "general nearer the root %": GENERAL,
         "radius of text, training": ("log.text_radius", 1, 2),
         "of image, training": ("log.image_radius", 1, 2),
         "radius of text, held out": ("hierarchy.text_radius", 1, 2),
-        "of image, held out": ("hierarchy.image_radius", 1, 2),
-        "general nearer the root %": ("hierarchy.general_nearer", 100, 1)},
+        "of image, held out": ("hierarchy.image_radius", 1, 2)},
     "cones and ways to the root": {
-        "in its caption's cone %, training": ("log.inside", 100, 1),
+        "in its caption's cone %, training": ("log.in_cone", 100, 1),
         "in its captions' cones %, held out": ("hierarchy.own_in_cone", 100, 1),
         "in others' %": ("hierarchy.other_in_cone", 100, 1),
-        "captions on the way": ("hierarchy.traversal.captions", 1, 2),
-        "changes": ("hierarchy.traversal.changes", 1, 0),
-        "to general %": ("hierarchy.traversal.to_general", 100, 1),
-        "to specific %": ("hierarchy.traversal.to_specific", 100, 1),
-        "with cones: captions": ("hierarchy.traversal_in_cones.captions", 1, 2),
-        "with cones: changes": ("hierarchy.traversal_in_cones.changes", 1, 0),
-        "with cones: to general %": ("hierarchy.traversal_in_cones.to_general", 100, 1),
-        "with cones: to specific %": ("hierarchy.traversal_in_cones.to_specific", 100, 1)},
-}
+        "captions on the way": ("traversal.captions", 1, 2),
+        "changes": ("traversal.changes", 1, 0),
+        "to general %": ("traversal.to_general", 100, 1),
+        "to specific %": ("traversal.to_specific", 100, 1),
+        "with cones: captions": ("traversal_in_cones.captions", 1, 2),
+        "with cones: changes": ("traversal_in_cones.changes", 1, 0),
+        "with cones: to general %": ("traversal_in_cones.to_general", 100, 1),
+        "with cones: to specific %": ("traversal_in_cones.to_specific", 100, 1)},
+}  # fmt: skip
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, for 2 to 10
 
 
 def log_of(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def everything(folder):
-    """-> result.json; as `log` the last report of the training; as `ahead` the difference in R@1 to the reference of the same seed."""
-    result = json.loads((folder / "result.json").read_text())
-    reference = folder.with_name(f"{REFERENCE}-s{folder.name.rsplit('-s', 1)[1]}") / "result.json"
-    ahead = result["retrieval"]["mean_r1"] - json.loads(reference.read_text())["retrieval"]["mean_r1"] if reference.exists() else None
-    return result | dict(log=[r for r in log_of(folder) if "loss" in r][-1], ahead=ahead)
+def finished(out, seeds):
+    """-> {name: {seed: its results, and as `log` the last report of its training}}."""
+    found = {}
+    for name, (most, _) in runs().items():
+        for seed in range(min(seeds, most)):
+            folder = out / f"{name}-s{seed}"
+            if (folder / "result.json").exists():
+                result = json.loads((folder / "result.json").read_text())
+                result["log"] = [line for line in log_of(folder) if "loss" in line][-1]
+                found.setdefault(name, {})[seed] = result
+    return found
 
 
 def look_up(result, path):
     """"a.b" in {"a": {"b": 1}} -> 1; None where a geometry does not have it."""
-    for key in path.split("."):
-        result = result and result.get(key)
-    return result
+    table, name = path.split(".")
+    return result.get(table, {}).get(name)
 
 
-def mean_and_spread(values, digits):
-    """Values of the seeds, of those where it is defined -> "mean ± standard deviation"."""
-    if not values:
-        return ""
+def mean_and_deviation(results, path, factor, digits):
+    """"mean ± standard deviation" of the seeds for which it is defined."""
+    values = [look_up(result, path) for result in results.values()]
+    values = [factor * value for value in values if value is not None]
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    return f"{statistics.mean(values):.{digits}f}{spread}" if values else ""
 
 
-def finished(out, name, seeds):
-    """-> the folders of the seeds that were trained and evaluated."""
-    return [folder for folder in (out / f"{name}-s{seed}" for seed in range(seeds)) if (folder / "result.json").exists()]
+def difference(a, b, path, factor, digits):
+    """Run a minus run b, seed by seed: "mean ± half of the 95 % interval" by Student's t."""
+    d = [factor * (look_up(a[seed], path) - look_up(b[seed], path)) for seed in a if seed in b]
+    if len(d) < 2:
+        return ""
+    half = STUDENT[len(d) - 2] * statistics.stdev(d) / math.sqrt(len(d))
+    return f"{statistics.mean(d):+.{digits}f} ± {half:.{digits}f}"
 
 
-def table(out, seeds, which):
-    """-> a markdown table, one line for each kind of run."""
-    columns = COLUMNS[which]
-    lines = ["| run | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+def markdown(title, heads, rows):
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join([f"\n## {title}\n", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def comparisons():
+    """-> pairs of names: of geometries, also with the same LayerNorms; then each run and the one
+    from which it differs in one flag."""
+    clip, flat, curved = (DEFAULT[g] for g in ("clip", "euclidean", "hyperbolic"))
+    pairs = [(flat, clip), (curved, clip), (flat, curved), (f"{flat}-0.2", clip),
+             (f"{curved}-0.2", clip), ("euclidean-ln", clip), ("euclidean-ln", curved),
+             (flat, "clip-no_ln"), ("hyperbolic-no_ln", "clip-no_ln"), (flat, "hyperbolic-no_ln")]
     for name in runs():
-        found = [everything(folder) for folder in finished(out, name, seeds)]
-        cells = [mean_and_spread([factor * v for r in found if (v := look_up(r, path)) is not None], digits)
-                 for path, factor, digits in columns.values()]
-        some = "" if len(found) == seeds else f" ({len(found)} of {seeds} seeds)"
-        lines.append(f"| {name}{some} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        geometry, _, *more = name.split("-")
+        simpler = name.rpartition("-")[0] if more else DEFAULT[geometry]
+        pairs += [(name, simpler)] if simpler != name else []
+    return pairs  # fmt: skip
 
 
-def draw(out, seeds, samples):
-    """Pictures of what is finished."""
-    def retrieval(names):
-        groups = {}
-        for name in names:
-            judged = [[r for r in log_of(folder) if "val_mean_r1" in r] for folder in finished(out, name, seeds)]
-            if judged:
-                groups[name] = ([r["step"] / judged[0][-1]["step"] * samples / 1000 for r in judged[0]],
-                                [[100 * r["val_mean_r1"] for r in log] for log in judged])
-        return groups
+def report(found, samples):
+    parts = [f"Written by tests/study.py: {samples:,} samples a run, torch {torch.__version__}. "
+             "Names and columns are explained in README, Results."]  # fmt: skip
+    for title, columns in TABLES.items():
+        rows = []
+        for name, results in found.items():
+            cells = [mean_and_deviation(results, *column) for column in columns.values()]
+            rows.append([name, str(len(results)), *cells])
+        title = f"{title}: mean ± standard deviation"
+        parts.append(markdown(title, ["run", "seeds", *columns], rows))
+    columns, rows = {"R@1": R1, "top-1": TOP1, "general nearer the root": GENERAL}, []
+    for a, b in comparisons():
+        if a in found and b in found:
+            cells = [difference(found[a], found[b], *column) for column in columns.values()]
+            rows.append([f"{a} minus {b}", str(len(found[a].keys() & found[b].keys())), *cells])
+    title = "differences in points, seed by seed: mean ± half of the 95 % interval (Student's t)"
+    parts.append(markdown(title, ["difference", "seeds", *columns], rows))
+    return "\n".join(parts) + "\n"
 
-    def subject(name):
-        return next((figures.Subject(folder / "ckpt.pt") for folder in finished(out, name, seeds)), None)
 
-    axes = dict(x_label="samples seen, thousands", y_label="held-out R@1, %")
-    default = {geometry: f"{geometry}-{next(iter(row.logits))}" for geometry, row in GEOMETRIES.items()}
-    with_cones = {geometry: f"{default[geometry]}-0.2" for geometry, row in GEOMETRIES.items() if row.cone}
-    for name, title, chosen in (
-            ("curves_geometries", "three geometries, without and (dashed) with entailment loss", [*default.values(), *with_cones.values()]),
-            ("curves_logits", "all logits, without entailment loss", [f"{g}-{logit}" for g, row in GEOMETRIES.items() for logit in row.logits])):
-        if (groups := retrieval(chosen)):
-            figures.curves(groups, out / f"{name}.png", title, dashed=with_cones.values(), **axes)
-    figures.distances([[subject(default[g]) for g in GEOMETRIES], [subject(with_cones.get(g, "")) for g in GEOMETRIES]], out / "distances.png")
+def draw(out, found, folder, samples):
+    """R@1 during training; distances from the root in the first seed."""
+    groups, first = {}, {}
+    for name in (*DEFAULT.values(), *WITH_CONES.values()):
+        curves = []
+        for seed in found[name]:
+            log = [line for line in log_of(out / f"{name}-s{seed}") if "val_mean_r1" in line]
+            curves.append([100 * line["val_mean_r1"] for line in log])
+        xs = [line["step"] / log[-1]["step"] * samples / 1000 for line in log]
+        groups[name] = xs, curves
+        first[name] = figures.Subject(out / f"{name}-s{min(found[name])}" / "ckpt.pt")
+    title = "three geometries, without and (dashed) with entailment loss"
+    labels = (title, "samples seen, thousands", "held-out R@1, %")
+    figures.curves(groups, folder / "curves_geometries.png", *labels, WITH_CONES.values())
+    without = [first[DEFAULT[g]] for g in GEOMETRIES]
+    with_cones = [first.get(WITH_CONES.get(g)) for g in GEOMETRIES]
+    figures.distances([without, with_cones], folder / "distances.png")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "out_study")
-    parser.add_argument("--samples", type=int, default=90_000)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=OUT, help="for the runs")
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="at most")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
     args = parser.parse_args()
-    out, settings = args.out.resolve(), args.out / "samples"
+    out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    if settings.exists() and settings.read_text() != str(args.samples):
-        sys.exit(f"{out} holds a study of --samples {settings.read_text()}; choose another --out")
-    settings.write_text(str(args.samples))
+    refuse_to_mix(out, args.samples)
+    torch.set_num_threads(1)
 
-    began, pool = time.monotonic(), ThreadPoolExecutor(args.jobs)
+    began, pool, waiting = time.monotonic(), ThreadPoolExecutor(args.jobs), []
+    for seed in range(args.seeds):
+        for name, (most, flags) in runs().items():
+            if seed < most:
+                run = (out / f"{name}-s{seed}", flags, seed, args.samples)
+                waiting.append(pool.submit(one, *run))
     try:
-        asked = [pool.submit(one, out / f"{name}-s{seed}", flags, seed, args.samples) for seed in range(args.seeds) for name, flags in runs().items()]
-        for run in asked:
+        for run in waiting:
             run.result()
-    except KeyboardInterrupt:   # the runs got it as well, and save
+    except KeyboardInterrupt:  # the runs got it as well, and save
         sys.exit("interrupted; the same command goes on")
     finally:
         pool.shutdown(cancel_futures=True)
-    tables = "\n\n".join(f"{which}, mean ± standard deviation over {args.seeds} seeds, {args.samples:,} samples\n\n{table(out, args.seeds, which)}"
-                         for which in COLUMNS)
-    (out / "tables.md").write_text(tables + "\n")
-    print(f"{tables}\n\nthis call took {(time.monotonic() - began) / 3600:.2f} hours, {args.jobs} runs at once, torch {torch.__version__}")
-    draw(out, args.seeds, args.samples)
+    default = (args.out, args.samples, args.seeds) == (OUT, SAMPLES, SEEDS)
+    found, folder = finished(out, args.seeds), ROOT / "assets" if default else out
+    (folder / "results.md").write_text(report(found, args.samples))
+    if {*DEFAULT.values(), *WITH_CONES.values()} <= set(found):
+        draw(out, found, folder, args.samples)
+    hours = (time.monotonic() - began) / 3600
+    print(f"{folder / 'results.md'}: this call took {hours:.2f} hours, {args.jobs} runs at once")
 
 
 if __name__ == "__main__":

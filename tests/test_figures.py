@@ -1,96 +1,177 @@
-"""assets/figures.py and tests/study.py: the geometry of the drawings, pictures of a small model, the table's arithmetic."""
+"""assets/figures.py and tests/study.py: geometry, small models drawn, arithmetic of the tables."""
 
 import json
 import math
 
 import numpy as np
 import pytest
+import study
+import torch
+from common import save_ours, small
 from PIL import Image
 
-import geometry as geo
-import study
 from assets import figures
-from test_model import save_ours, small
+from geometry import GEOMETRIES
+
+# ------------------------------------------------------------------------------------------------
+# drawing
 
 
 def test_disc_and_tangent_plane_are_inverse():
     v = np.array([[0.0, 0.0], [0.3, -0.4], [2.0, 1.0]])
     assert np.allclose(figures.from_disc(figures.to_disc(v)), v)
-    assert np.allclose(figures.to_disc(np.array([math.log(3), 0.0])), [0.5, 0])   # tanh(ln 3 / 2) = 1/2
+    half = figures.to_disc(np.array([math.log(3), 0.0]))  # tanh(ln 3 / 2) = 1 / 2
+    assert np.allclose(half, [0.5, 0])
 
 
-def test_the_hyperbolic_path_drawn_is_the_shortest():
-    """Its small steps add up to the distance; those of the straight line in tangent coordinates to more."""
+def test_the_hyperbolic_path_that_is_drawn_is_the_shortest():
+    """Its small steps add up to the distance, those of the straight tangent line to more."""
     x, y = np.array([1.7, 0.6]), np.array([-0.2, 1.4])
-    length = lambda points: sum(figures.distance(a, b, "hyperbolic", "distance") for a, b in zip(points, points[1:]))
-    told = figures.distance(x, y, "hyperbolic", "distance")
-    assert length(figures.from_disc(figures.hyperbolic_path(x, y))) == pytest.approx(told, rel=1e-6)
-    assert length(np.linspace(x, y, 60)) > 1.01 * told
+
+    def length(points):
+        steps = zip(points, points[1:])
+        return sum(figures.distance(a, b, "hyperbolic", "distance") for a, b in steps)
+
+    shortest = figures.distance(x, y, "hyperbolic", "distance")
+    path = figures.from_disc(figures.hyperbolic_path(x, y))
+    assert np.allclose(path[[0, -1]], [x, y])
+    assert length(path) == pytest.approx(shortest, rel=1e-6)
+    assert length(np.linspace(x, y, 60)) > 1.01 * shortest
 
 
 def test_ticks_by_hand():
-    assert figures.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1]) and figures.ticks(0, 90) == [0, 20, 40, 60, 80]
+    assert figures.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert figures.ticks(0, 90) == [0, 20, 40, 60, 80]
 
 
-def test_colours_of_the_heat_map():
-    strip = figures.heat(np.array([[0.0, math.pi, 9.0]]), math.pi)
-    assert tuple(strip[0, 0]) == figures.mixed(figures.PAPER, 1) and tuple(strip[0, 1]) == tuple(strip[0, 2]) == (110, 20, 40)
+def test_no_loss_has_the_colour_of_paper_and_pi_is_dark_red():
+    none, pi, more = figures.heat(np.array([[0.0, math.pi, 9.0]]), math.pi)[0].tolist()
+    assert tuple(none) == figures.mixed(figures.PAPER, 1) and pi == more == [110, 20, 40]
+
+
+def test_cones_are_drawn_where_they_are(tmp_path):
+    figures.three_geometries(tmp_path / "three.png")
+    figures.cones(tmp_path / "cones.png")
+    picture, blue = Image.open(tmp_path / "cones.png"), figures.mixed(figures.IMAGE, 0.3)
+
+    def in_cone(x, y):
+        """In the first panel: 230 pixels from (20, 44) on, for -1.6 to 1.6."""
+        pixel = (round(20 + 115 + 115 * x / 1.6), round(44 + 115 - 115 * y / 1.6))
+        return picture.getpixel(pixel) == blue
+
+    # the cone of the apex (K, K) is the quadrant to its upper right
+    assert in_cone(1.2, 0.4) and in_cone(0.4, 1.2)
+    assert not (in_cone(0.1, 1.2) or in_cone(1.2, 0.1) or in_cone(-1, -1))
+
+
+def test_balanced_captions_are_those_of_pictures_that_share_only_general_ones():
+    chains = [[0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 5, 6], [0, 7, 5, 8], [0, 7, 9, 10]]
+    captions, pictures = figures.balanced(chains)
+    assert pictures == [0, 2, 4] and captions == [0, 1, 2, 3, 5, 6, 7, 9, 10]
 
 
 @pytest.mark.parametrize("geometry, weight", [("clip", 0.0), ("hyperbolic", 0.2)])
-def test_a_checkpoint_is_drawn(geometry, weight, tmp_path, monkeypatch):
-    save_ours(tmp_path / "ckpt.pt", small(geometry=geometry, context_length=77), entailment_weight=weight)
-    monkeypatch.setattr(figures.sys, "argv", ["figures", str(tmp_path / "ckpt.pt"), str(tmp_path / "figures")])
+def test_a_checkpoint_is_drawn(geometry, weight, tmp_path, monkeypatch, few_held_out):
+    path = tmp_path / "ckpt.pt"
+    save_ours(path, small(geometry, context_length=77), entailment_weight=weight)
+    monkeypatch.setattr(figures.sys, "argv", ["figures", str(path), str(tmp_path / "drawn")])
     figures.main()
-    drawn = {p.name: Image.open(p) for p in (tmp_path / "figures").iterdir()}
-    assert set(drawn) == {"distances.png", "levels.png", "traversal.png", "matrix.png", "contact.png"}
-    for name, picture in drawn.items():   # something is on the paper, and nothing touches its edge
+    drawn = {file.stem: Image.open(file) for file in (tmp_path / "drawn").iterdir()}
+    assert set(drawn) == {"distances", "levels", "traversal", "contact"}
+    for name, picture in drawn.items():  # something is on the paper, and nothing touches its edge
         pixels = np.asarray(picture.convert("L"), dtype=float)
-        assert pixels.std() > 5, name
-        assert min(pixels[0].min(), pixels[-1].min(), pixels[:, 0].min(), pixels[:, -1].min()) > 240, name
+        edges = [pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]
+        assert pixels.std() > 5 and min(edge.min() for edge in edges) > 240, name
 
 
-def test_the_geometry_is_drawn_and_cones_are_where_they_should_be(tmp_path):
-    figures.three_geometries(tmp_path / "three.png")
-    figures.cones(tmp_path / "cones.png")
-    picture = Image.open(tmp_path / "cones.png")
-    inside = figures.mixed(figures.IMAGE, 0.3)
-    # first panel, 230 pixels for -1.6 to 1.6 from (20, 44): the apex (K, K) opens a quadrant to the upper right
-    at = lambda x, y: picture.getpixel((round(20 + 115 + 115 * x / 1.6), round(44 + 115 - 115 * y / 1.6)))
-    assert at(1.2, 0.4) == at(0.4, 1.2) == inside and inside not in (at(0.1, 1.2), at(1.2, 0.1), at(-1, -1))
+# ------------------------------------------------------------------------------------------------
+# the study
 
 
-def test_the_studys_runs_are_every_cell():
-    runs = study.runs()
-    cells = {tuple(flags[1:6:2]) for flags in runs.values() if len(flags) == 6 and flags[2] == "--logit"}
-    assert cells == {(g, logit, w) for g, row in geo.GEOMETRIES.items() for logit in row.logits for w in (("0", "0.2") if row.cone else ("0",))}
-    assert len(runs) == len(cells) + len(geo.GEOMETRIES) + 2
+def test_the_study_has_every_logit_with_and_without_entailment():
+    cells = set()
+    for _, flags in study.runs().values():
+        if "--logit" in flags and "--min_radius" not in flags:
+            cells.add(tuple(flags[1:6:2]))
+    expected = set()
+    for name, geometry in GEOMETRIES.items():
+        for logit in geometry.logits:
+            expected |= {(name, logit, weight) for weight in ("0", "0.2")[: 1 + geometry.cones]}
+    assert cells == expected
+    assert len(study.runs()) == len(cells) + 3 + 2  # final LayerNorms, wider cones
+    assert set().union(*study.comparisons()) == set(study.runs())
 
 
-def test_the_studys_table_by_hand(tmp_path):
-    """Two seeds of one run: 50 and 52 % make 51.0 ± 1.4; a third that is missing is told; what the sphere does not have stays empty."""
-    for seed, r1, name in ((0, 0.50, "clip-cosine"), (1, 0.52, "clip-cosine"), (0, 0.53, "clip-arc"), (1, 0.57, "clip-arc")):
-        folder = tmp_path / f"{name}-s{seed}"
-        folder.mkdir()
-        way = dict(captions=1.0, changes=0, to_general=None, to_specific=None)
-        hierarchy = dict(text_radius=0.1, image_radius=0.2, general_nearer=0.5, own_in_cone=None, other_in_cone=None, traversal=way, traversal_in_cones=None)
-        (folder / "result.json").write_text(json.dumps(dict(zero_shot=dict(top1=1.0), retrieval=dict(mean_r1=r1), hierarchy=hierarchy)))
-        (folder / "log.jsonl").write_text('{"step": 1, "loss": 9, "text_radius": 9, "image_radius": 9}\n'
-                                          '{"step": 2, "loss": 3, "text_radius": 1, "image_radius": 2}\n{"step": 2, "val_mean_r1": 0}\n')
-    row = lambda which: next(line for line in study.table(tmp_path, 3, which).splitlines() if line.startswith("| clip-cosine"))
-    told = "| clip-cosine (2 of 3 seeds) | "
-    accuracy, cones = study.COLUMNS
-    assert row(accuracy) == told + "100.0 ± 0.0 | 51.0 ± 1.4 | 0.0 ± 0.0 | 1.00 ± 0.00 | 2.00 ± 0.00 | 0.10 ± 0.00 | 0.20 ± 0.00 | 50.0 ± 0.0 |"
-    arc = next(line for line in study.table(tmp_path, 3, accuracy).splitlines() if line.startswith("| clip-arc"))
-    assert "| 55.0 ± 2.8 | 4.0 ± 1.4 |" in arc   # 3 and 5, seed by seed
-    assert row(cones) == told + " |  |  | 1.00 ± 0.00 | 0 ± 0 |  |  |  |  |  |  |"
+def test_main_runs_have_more_seeds_than_variants():
+    seeds = {name: most for name, (most, _) in study.runs().items()}
+    main = {name for name, most in seeds.items() if most == 10}
+    assert len(main) == 8 and {*study.DEFAULT.values(), *study.WITH_CONES.values()} < main
+    assert set(seeds.values()) == {4, 10} and len(study.STUDENT) == 10 - 1
 
 
-def test_a_study_knows_what_is_done(tmp_path):
-    """Interrupted, failed, never begun: to be trained; complete, also on being asked again: not."""
-    told = tmp_path / "train.txt"
-    assert not study.is_trained(tmp_path)
-    for text, done in (("stopped by a signal after step 5; go on with --resume", False), ("Traceback ...", False),
-                       ("703 steps in 96 s; out/ckpt.pt is ready for evaluate.py", True), ("out/ckpt.pt is already complete: 703 steps", True)):
-        told.write_text(text)
-        assert study.is_trained(tmp_path) == done
+def test_a_difference_has_the_interval_of_student():
+    """3 and 5, 4 on average: the deviation is sqrt(2), the t quantile of one degree of freedom is
+    12.706, so the half interval is 12.706. Of seeds without a partner nothing is known."""
+    a = {seed: {"x": {"y": value}} for seed, value in ((0, 0.53), (1, 0.57), (2, 0.99))}
+    b = {seed: {"x": {"y": value}} for seed, value in ((0, 0.50), (1, 0.52), (3, 0.01))}
+    assert study.difference(a, b, "x.y", 100, 1) == "+4.0 ± 12.7"
+    assert study.difference(a, {0: b[0]}, "x.y", 100, 1) == ""
+
+
+def write_result(out, name, seed, r1):
+    folder = out / f"{name}-s{seed}"
+    folder.mkdir()
+    hierarchy = {"text_radius": 0.1, "image_radius": 0.2, "general_nearer": 0.5,
+                 "own_in_cone": None, "other_in_cone": None}  # fmt: skip
+    way = {"captions": 1.0, "changes": 0, "to_general": None, "to_specific": None}
+    result = {"zero_shot": {"top1": 1.0}, "retrieval": {"mean_r1": r1}, "hierarchy": hierarchy}
+    result["traversal"] = way
+    (folder / "result.json").write_text(json.dumps(result))
+    log = [{"step": 1, "loss": 9, "text_radius": 9, "image_radius": 9},
+           {"step": 2, "loss": 3, "text_radius": 1, "image_radius": 2},
+           {"step": 2, "val_mean_r1": r1}]  # fmt: skip
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+
+
+def test_the_tables_of_a_study_by_hand(tmp_path):
+    """50 and 52 % make 51.0 ± 1.4. What the sphere does not have stays empty."""
+    for seed, clip, arc in ((0, 0.50, 0.53), (1, 0.52, 0.57)):
+        write_result(tmp_path, "clip-cosine", seed, clip)
+        write_result(tmp_path, "clip-arc", seed, arc)
+    lines = study.report(study.finished(tmp_path, seeds=10), 1000).splitlines()
+    accuracy, cones = (line for line in lines if line.startswith("| clip-cosine |"))
+    means = "100.0 ± 0.0 | 51.0 ± 1.4 | 50.0 ± 0.0 | 1.00 ± 0.00 | 2.00 ± 0.00 | 0.10 ± 0.00"
+    assert accuracy == f"| clip-cosine | 2 | {means} | 0.20 ± 0.00 |"
+    assert cones == "| clip-cosine | 2 |  |  |  | 1.00 ± 0.00 | 0 ± 0 |  |  |  |  |  |  |"
+    difference = "+4.0 ± 12.7 | +0.0 ± 0.0 | +0.0 ± 0.0 |"
+    assert f"| clip-arc minus clip-cosine | 2 | {difference}" in lines
+
+
+def test_traversals_are_counted_by_level():
+    """From 4 to 0 the way on a ray meets captions at 2 (specific) and 0.5 (general), that in the
+    opposite direction one at 1; the ways have 2 and 1 captions and together one change."""
+    texts = torch.tensor([[0.5, 0.0], [2.0, 0.0], [-1.0, 0.0]])
+    images, model = torch.tensor([[4.0, 0.0], [-4.0, 0.0]]), small("euclidean")
+    m = study.traversal_metrics(model, images, texts, [[0, 1], [0, 2]])
+    assert m == {"captions": 1.5, "changes": 1, "to_general": 1.0, "to_specific": 0.0}
+    m = study.traversal_metrics(model, images, texts, [[1, 0], [1, 2]])
+    assert (m["to_general"], m["to_specific"]) == (0.0, 1.0)
+    m = study.traversal_metrics(model, images[1:], texts, [[0, 2]])
+    assert m == {"captions": 1.0, "changes": 0, "to_general": None, "to_specific": None}
+
+
+def test_a_run_is_trained_when_its_checkpoint_has_the_last_step(tmp_path):
+    assert not study.is_trained(tmp_path, 64)
+    for step, done in ((7, False), (8, True)):
+        torch.save({"step": step, "train_config": {"batch_size": 8}}, tmp_path / "ckpt.pt")
+        assert study.is_trained(tmp_path, 64) == done
+
+
+def test_runs_of_other_code_or_flags_are_not_mixed(tmp_path, monkeypatch):
+    study.refuse_to_mix(tmp_path, 1000)
+    study.refuse_to_mix(tmp_path, 1000)
+    with pytest.raises(SystemExit, match="other code or flags"):
+        study.refuse_to_mix(tmp_path, 2000)
+    monkeypatch.setattr(study, "CODE", study.CODE[1:])
+    with pytest.raises(SystemExit, match="other code or flags"):
+        study.refuse_to_mix(tmp_path, 1000)
