@@ -328,7 +328,7 @@ def lock_folder(folder):
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loading processes do not inherit it
     except OSError:
         raise ValueError(f"another run writes to {folder}; choose another --out_dir") from None
     return lock
@@ -404,6 +404,7 @@ class Run:
         if world_size() > 1:
             self.net = DDP(model, gradient_as_bucket_view=True)
         self.workers = min(8, evaluate.cores()) if c.workers is None else c.workers
+        self.skipped_before, self.fetched = self.skipped, Counter()
         verbose, self.val_source = rank() == 0, evaluate.held_out_source(asdict(c))
         source = first_on_process_0(lambda: data.open_source(c.data, verbose))
         if self.val_source:
@@ -411,7 +412,7 @@ class Run:
             self.held_out = pairs
         self.batches = data.batches(
             source, model.config, c.batch_size, c.crop_scale, c.seed, rank(), world_size(),
-            self.workers, self.step, self.skipped, pin_memory=self.device.type == "cuda",
+            self.workers, self.step, self.fetched, pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         if rank() == 0:
             self.log = open_log(self.folder / "log.jsonl", self.step)
@@ -470,7 +471,8 @@ class Run:
         if self.nonfinite:
             scale, curv = self.model.scalars().tolist()
             values = {"logit scale": scale, "curvature": curv, "norm of the gradient": grad_norm}
-            values = ", ".join(f"{k} {float(v):.3g}" for k, v in (values | losses).items())
+            values |= {name: loss.item() for name, loss in losses.items()}
+            values = ", ".join(f"{name} {float(v):.3g}" for name, v in values.items())
             raise FloatingPointError(
                 f"the gradient is not finite at step {self.step}: {self.c.geometry}/{self.c.logit}"
                 f", {values}. --resume goes on from the last checkpoint; without one, try a lower "
@@ -527,6 +529,7 @@ def train(c, given):
             if failure:
                 raise failure
             return print0(f"stopped by a signal after step {step}; go on with --resume")
+        run.skipped = run.skipped_before + run.fetched  # not before: this batch will be used
         parts = split_batch(*batch, c.micro_batch, model.config.vocab_size, run.device)
 
         if len(parts) == 1:

@@ -1,6 +1,7 @@
-"""Where the time goes, as ratios: python tests/bench.py (a minute or two on a CPU; larger by itself on CUDA).
+"""Where the time goes, as ratios: python tests/bench.py [loss steps pictures evaluate threads ...]
 
-Machines differ and are noisy, so both sides of every comparison run in turns in this one process, and the ratio of their medians counts.
+Machines differ and are noisy, so both sides of every comparison run in turns in one process, and
+the ratio of their medians counts. Without a name all parts run but `memory`, of many minutes.
 """
 
 import io
@@ -8,33 +9,36 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-import warnings
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")   # the profiler announces each start otherwise
-
 import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+import evaluate  # sets the environment that torch reads
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 import data
-from geometry import GEOMETRIES, entailment_loss, similarity
-from model import CLIP, PRESETS, Config, any_length, contrastive_loss
+from geometry import GEOMETRIES
+from model import CLIP, PRESETS, Config, pack_tokens
 
-warnings.filterwarnings("ignore", module="torch", category=FutureWarning)   # torch.compile, about torch
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = evaluate.pick_device()
+GPU = DEVICE.type == "cuda"
 
 
 def seconds(*functions, repeats=5):
-    """Median time of each function, taken in turns."""
+    """Median time of each function, called in turns."""
+
     def once(function):
         start = time.perf_counter()
         function()
-        if DEVICE.type == "cuda":
+        if GPU:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
@@ -44,215 +48,257 @@ def seconds(*functions, repeats=5):
     return [statistics.median(times) for times in zip(*rounds)]
 
 
-def peak_memory(function):
-    """MiB of tensors alive at once beyond those before, from the profiler's record of every allocation."""
-    activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if DEVICE.type == "cuda" else [])
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        function()
-    now = peak = 0
-    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak / 2**20
+# ------------------------------------------------------------------------------------------------
+# the loss, beside the formulas as papers print them, in float64
 
 
-# ---- (a) the loss, beside the textbook formulas in float64
+def lift(v, curv):
+    """Tangent vectors (N, D) -> the hyperboloid: space (N, D) and time (N, 1) components."""
+    r = curv**0.5 * v.norm(dim=1, keepdim=True)
+    space = torch.sinh(r) * v / r.clamp_min(1e-8)
+    return space, (1 / curv + space.square().sum(1, keepdim=True)).sqrt()
+
 
 def textbook(geometry, logit, x, y, curv):
-    """The formulas as papers print them, in the type of x and y: what a careful implementer would write first."""
+    inner = x @ y.T
     if geometry == "clip":
-        cosine = x @ y.T
-        return cosine if logit == "cosine" else -torch.acos(cosine.clamp(-1 + 1e-7, 1 - 1e-7))
+        return inner if logit == "cosine" else -torch.acos(inner.clamp(-1 + 1e-7, 1 - 1e-7))
     if geometry == "euclidean":
-        inner = x @ y.T
-        if logit == "inner":
-            return inner
-        squared = (x.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * inner).clamp_min(1e-12)
-        return -squared if logit == "squared" else -squared.sqrt()
-
-    if geometry != "hyperbolic":
-        raise ValueError(f"no textbook formula for {geometry}; add it here")
-
-    def lift(v):
-        r = curv**0.5 * v.norm(dim=1, keepdim=True)
-        space = torch.sinh(r) * v / r.clamp_min(1e-8)
-        return space, (1 / curv + space.square().sum(1, keepdim=True)).sqrt()
-
-    (xs, x0), (ys, y0) = lift(x), lift(y)
+        squares = x.square().sum(1, keepdim=True) + y.square().sum(1)
+        squared = (squares - 2 * inner).clamp_min(1e-12)
+        return {"inner": inner, "squared": -squared, "distance": -squared.sqrt()}[logit]
+    (xs, x0), (ys, y0) = lift(x, curv), lift(y, curv)
     inner = xs @ ys.T - x0 @ y0.T
-    if logit == "inner":
-        return inner
     d = torch.acosh((-curv * inner).clamp_min(1 + 1e-8)) / curv**0.5
-    return -d if logit == "distance" else -d.square()
+    return {"inner": inner, "squared": -d.square(), "distance": -d}[logit]
 
 
-def textbook_cone(geometry, text, image, K, curv):
-    if geometry == "euclidean":
-        to_image = image - text
-        exterior = torch.acos(F.cosine_similarity(text, to_image).clamp(-1 + 1e-7, 1 - 1e-7))
-        return torch.relu(exterior - torch.asin((K / text.norm(dim=1)).clamp(max=1 - 1e-7)))
-    lift = lambda v: torch.sinh(curv**0.5 * v.norm(dim=1, keepdim=True)) * v / (curv**0.5 * v.norm(dim=1, keepdim=True))
-    xs, ys = lift(text), lift(image)
-    x0, y0 = ((1 / curv + v.square().sum(1)).sqrt() for v in (xs, ys))
-    inner = curv * ((xs * ys).sum(1) - x0 * y0)
-    cosine = (y0 + x0 * inner) / (xs.norm(dim=1) * (inner.square() - 1).clamp_min(1e-8).sqrt())
-    exterior = torch.acos(cosine.clamp(-1 + 1e-7, 1 - 1e-7))
-    return torch.relu(exterior - torch.asin((2 * K / (curv**0.5 * xs.norm(dim=1))).clamp(max=1 - 1e-7)))
-
-
-def bench_loss(N=2048, D=512):
-    print(f"\n(a) loss, forward + backward, {N} x {N} x {D}, beside the printed formulas: in float64, and for flat space in float32 too")
-    print(f"{'':24}{'ms':>6}{'compiled':>10}{'float64':>9}{'times faster':>14}{'compiled':>10}{'MiB':>6}{'float64':>9}{'share':>7}")
+def bench_loss(N=8192 if GPU else 2048, D=512):
+    print(f"\nloss, forward and backward, {N} x {N} x {D}, beside the textbook in float64")
     torch.manual_seed(0)
     x, y = (torch.randn(N, D, device=DEVICE) / D**0.5 for _ in range(2))
-    target = torch.arange(N, device=DEVICE)
+    match = torch.arange(N, device=DEVICE)
 
-    def step(loss):
+    def step(similarity):
         def run():
             a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
-            curv = torch.tensor(1.0, device=DEVICE, requires_grad=True)
-            loss(a, b, curv).backward()
+            logits = 10 * similarity(a, b, torch.ones((), device=DEVICE))
+            (F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)).backward()
+
         return run
 
-    def row(name, ours, theirs):
-        torch._dynamo.reset()
-        sides = [step(ours), step(torch.compile(ours)), step(theirs)]
-        plain, compiled, slow = seconds(*sides)
-        mine, other = peak_memory(sides[0]), peak_memory(sides[2])
-        print(f"{name:24}{1e3 * plain:6.0f}{1e3 * compiled:10.0f}{1e3 * slow:9.0f}{slow / plain:14.2f}{slow / compiled:10.2f}{mine:6.0f}{other:9.0f}{mine / other:7.0%}")
-
-    def cross_entropy(logits):
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
     for name, geometry in GEOMETRIES.items():
-        project = geometry.retract
         for logit in geometry.logits:
-            def ours(a, b, c):
-                logits = 10 * similarity(project(a), project(b), name, logit, c)
-                return contrastive_loss(logits, logits.T)
 
-            def theirs(a, b, c):
-                return cross_entropy(10 * textbook(name, logit, project(a).double(), project(b).double(), c))
+            def ours(a, b, curv):
+                return geometry.similarity(geometry.project(a), geometry.project(b), logit, curv)
 
-            row(f"{name}/{logit}", ours, theirs)
-            if name == "euclidean":
-                row("  beside float32", ours, lambda a, b, c: cross_entropy(10 * textbook(name, logit, project(a), project(b), c)))
-        if geometry.cone:
-            row(f"{name} cone", lambda a, b, c: entailment_loss(a, b, name, 0.1, c).mean(),
-                lambda a, b, c: textbook_cone(name, a.double(), b.double(), 0.1, c).mean())
+            def theirs(a, b, curv):
+                a, b = geometry.project(a).double(), geometry.project(b).double()
+                return textbook(name, logit, a, b, curv.double())
+
+            fast, slow = seconds(step(ours), step(theirs))
+            print(f"{name + '/' + logit:22} {1e3 * fast:6.0f} ms  {slow / fast:5.2f} times as fast")
 
 
-# ---- (b) pictures
+# ------------------------------------------------------------------------------------------------
+# training steps, with and without the padding of captions
+
+
+def bench_steps():
+    print("\ntraining steps, captions of 13 tokens in 77: unpadded beside padded")
+    sizes = [("tiny", 128), ("ViT-B-32", 512 if GPU else 16)] + [("ViT-B-16", 512)] * GPU
+    for name, N in sizes:
+        torch.manual_seed(0)
+        model = CLIP(Config(**PRESETS[name], vocab_size=49408)).to(DEVICE)
+        if GPU:
+            model.compile()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        size = model.config.image_size
+        images = torch.randint(0, 256, (N, 3, size, size), dtype=torch.uint8, device=DEVICE)
+        lengths = torch.randint(10, 17, (N, 1))
+        tokens = torch.randint(1, 49406, (N, 77)).scatter(1, lengths - 1, 49407)
+
+        def step(tokens, index):
+            tokens, index = tokens.to(DEVICE), index.to(DEVICE)
+
+            def run():
+                with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
+                    outputs = model(images, tokens, index)
+                model.loss(*outputs)["loss"].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+            return run
+
+        short = tokens[:, :16].contiguous()
+        unpadded = step(short, pack_tokens(short, 49408))
+        padded = step(tokens, torch.arange(N * 77))
+        fast, slow = seconds(unpadded, padded, repeats=20 if GPU else 3)
+        print(f"{name:9} batch {N:4}: {N / fast:8.0f} samples/s, {slow / fast:5.2f} times as fast")
+
+
+# ------------------------------------------------------------------------------------------------
+# pictures
+
 
 def photo_like(w, h, seed):
-    """Noise in octaves, less of it in colour than in brightness, as in photographs: a JPEG of it is as large as theirs."""
+    """Noise in octaves, less of it in colour than in brightness, as in photographs."""
     rng, canvas = np.random.default_rng(seed), np.full((h, w, 3), 128.0)
     for octave in range(8):
-        for part in ([1, 1, 1], [0.2, 0, -0.2]):
-            noise = rng.normal(0, 40 / 1.3**octave, (2 + 3 * 2**octave, 2 + 4 * 2**octave)).astype(np.float32)
-            canvas += np.asarray(Image.fromarray(noise).resize((w, h), Image.Resampling.BICUBIC))[..., None] * part
-    return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+        for weights in ([1, 1, 1], [0.2, 0, -0.2]):
+            cells = (2 + 3 * 2**octave, 2 + 4 * 2**octave)
+            noise = rng.normal(0, 40 / 1.3**octave, cells).astype(np.float32)
+            noise = Image.fromarray(noise).resize((w, h), Image.Resampling.BICUBIC)
+            canvas += np.asarray(noise)[..., None] * weights
+    buffer = io.BytesIO()
+    Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
 
 
 def bench_pictures(count=20):
-    print("\n(b) training crop to 224, pictures per second and core; plain = decode, crop, resize")
+    print("\ntraining crop to 224: beside decode, crop, resize")
     for w, h in ((640, 427), (640, 480), (1024, 768)):
-        jpegs = [io.BytesIO() for _ in range(count)]   # all different: a processor learns the branches of a single one by heart
-        for seed, jpeg in enumerate(jpegs):
-            photo_like(w, h, seed).save(jpeg, "JPEG", quality=90)
+        jpegs = [photo_like(w, h, seed) for seed in range(count)]
 
         def plain():
             for i, jpeg in enumerate(jpegs):
                 box = data.random_box(w, h, 0.9, random.Random(i))
-                data.to_tensor(Image.open(jpeg).convert("RGB").crop(box).resize((224, 224), Image.Resampling.BICUBIC))
+                image = Image.open(io.BytesIO(jpeg)).convert("RGB").crop(box)
+                data.to_tensor(image.resize((224, 224), Image.Resampling.BICUBIC))
 
         def ours():
             for i, jpeg in enumerate(jpegs):
                 data.load_training_crop(jpeg, 224, 0.9, random.Random(i))
 
         fast, slow = seconds(ours, plain)
-        size = statistics.mean(len(jpeg.getvalue()) for jpeg in jpegs) / 1000
-        print(f"{w}x{h}, {size:.0f} kB: {count / fast:6.0f}/s   plain {count / slow:6.0f}/s   {slow / fast:5.2f} times faster")
+        print(f"{w}x{h}: {count / fast:5.0f} pictures/s, {slow / fast:5.2f} times as fast")
 
 
-# ---- (c) training steps
+def bench_evaluate(count=256):
+    print("\nembedding pictures of 640x480: loading processes beside a plain loop")
+    jpegs = [photo_like(640, 480, seed) for seed in range(8)] * (count // 8)
+    for name in ("tiny", "ViT-B-32"):
+        model = CLIP(Config(**PRESETS[name])).to(DEVICE).eval()
 
-def matrix_peak(dtype):
-    """FLOP/s of one large matrix product: what this machine can do at best."""
-    n = 8192 if DEVICE.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / seconds(lambda: a @ b)[0]
+        @torch.no_grad()
+        def plain():
+            for start in range(0, count, 64):
+                images = [data.load_image(j, model.config.image_size) for j in jpegs[start:][:64]]
+                model.encode_image(torch.stack(images).to(DEVICE))
 
+        def ours():
+            evaluate.embed_images(model, jpegs, workers=evaluate.cores())
 
-def flops(config, N, real):
-    """FLOPs of forward and backward (three times forward): 12 C^2 multiply-adds per token and layer, the last layer's but 2 C^2 for one token
-    only; those of attention scores are left out."""
-    tower = lambda tokens, layers, C: 12 * C**2 * (tokens * (layers - 1) + N) + 2 * C**2 * (tokens - N)
-    patches = (config.image_size // config.patch_size) ** 2
-    image = tower(N * (1 + patches), config.vision_layers, config.vision_width) + N * patches * 3 * config.patch_size**2 * config.vision_width
-    return 6 * (image + tower(real, config.text_layers, config.text_width))
-
-
-def bench_steps():
-    on_gpu = DEVICE.type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    peak = matrix_peak(dtype)
-    print(f"\n(c) training steps, towers in {str(dtype)[6:]}, captions of 12.6 tokens in 77; peak of a matrix product {peak / 1e12:.2f} TFLOP/s")
-    for name, N in (("tiny", 128), ("ViT-B-32", 512 if on_gpu else 16), *([("ViT-B-16", 512)] if on_gpu else [])):
-        torch.manual_seed(0)
-        config = Config(**PRESETS[name], vocab_size=49408, tokenizer="clip")
-        model = CLIP(config).to(DEVICE)
-        if on_gpu:
-            model.compile()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        images = torch.randint(0, 256, (N, 3, config.image_size, config.image_size), dtype=torch.uint8, device=DEVICE)
-        lengths = torch.randint(10, 17, (N,)) - (torch.rand(N) < 0.4).int()
-        tokens = torch.randint(1, 49406, (N, 77))
-        tokens[torch.arange(N), lengths - 1] = 49407
-        tokens[torch.arange(77) >= lengths[:, None]] = 0
-        longest = int(lengths.max())
-        real = (torch.arange(longest) < lengths[:, None]).flatten().nonzero().squeeze(1)   # as data.Batches gives them
-
-        def step(tokens, index):
-            tokens, index = tokens.to(DEVICE), index.to(DEVICE)
-            any_length(tokens, index)
-
-            def run():
-                optimizer.zero_grad()
-                with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=on_gpu):
-                    loss = model(images, tokens, index)["loss"]
-                loss.backward()
-                optimizer.step()
-            return run
-
-        fast, slow = seconds(step(tokens[:, :longest], real), step(tokens, torch.arange(N * 77)), repeats=10 if on_gpu else 3)
-        rate = flops(config, N, len(real)) / fast
-        print(f"{name:10} batch {N:4}: {1 / fast:6.2f} steps/s, {N / fast:8.0f} samples/s, {rate / 1e12:7.3f} TFLOP/s, MFU {rate / peak:4.0%}; "
-              f"padded text {N / slow:8.0f} samples/s, unpadded {slow / fast:.2f} times faster")
+        fast, slow = seconds(ours, plain, repeats=3)
+        print(f"{name:9} {count / fast:5.0f} pictures/s, {slow / fast:5.2f} times as fast")
 
 
-# ---- (d) tokens
+# ------------------------------------------------------------------------------------------------
+# whole trainings
 
-def bench_tokens():
-    from test_data import plain_bpe
-    captions = [data.Shapes().sample(i, 0, 32, 0.9, {})[1] for i in range(2000)]
-    took, = seconds(lambda: data.tokenize(captions, "bytes"))
-    print(f"\n(d) captions per second: bytes {len(captions) / took:,.0f}")
-    try:
-        data.clip_encoding()
-    except Exception as error:
-        return print(f"    clip: its vocabulary is not here ({type(error).__name__})")
-    import gzip
-    import tiktoken.load
-    merges = gzip.decompress(tiktoken.load.read_file_cached(*data.CLIP_VOCABULARY)).decode().split("\n")[1:48_895]
-    encoder = plain_bpe(merges)
-    ours, plain = seconds(lambda: data.tokenize(captions, "clip"), lambda: [encoder(data.collapse_whitespace(c)) for c in captions])
-    print(f"    clip {len(captions) / ours:,.0f}, a plain encoder without a cache {len(captions) / plain:,.0f}: {plain / ours:.1f} times faster")
+
+def train(folder, *flags, **env):
+    """A training as a program; yields its step lines."""
+    command = [sys.executable, ROOT / "train.py", "--out_dir", folder, *flags]
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", *env)} | env
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    for line in process.stdout:
+        if line.startswith("step"):
+            yield process, line
+    process.wait()
+
+
+def bench_threads(samples=3200, rounds=3):
+    print(f"\n{samples} samples of the quick start, beside two busy loops (GNU's own: 300000)")
+    cases = {"as it is": {}, "GOMP_SPINCOUNT=300000": {"GOMP_SPINCOUNT": "300000"},
+             "one thread": {"OMP_NUM_THREADS": "1"}}  # fmt: skip
+    flags = ["--samples", str(samples), "--eval_every", "100000", "--save_every", "100000",
+             "--log_every", "1", "--workers", "0", "--device", "cpu"]  # fmt: skip
+    loop = "import time\nend = time.time() + 600\nwhile time.time() < end: 1"
+    busy = [sys.executable, "-c", loop]
+    times = {}
+    for _ in range(rounds):
+        for loops in (0, 2):
+            others = [subprocess.Popen(busy) for _ in range(loops)]
+            for name, env in cases.items():
+                with tempfile.TemporaryDirectory() as folder:
+                    lines = train(folder, *flags, **env)
+                    next(lines)
+                    start = time.perf_counter()
+                    for _ in lines:
+                        pass
+                times.setdefault((name, loops), []).append(time.perf_counter() - start)
+            for other in others:
+                other.kill()
+    for name in cases:
+        idle, beside = (statistics.median(times[name, loops]) for loops in (0, 2))
+        print(f"{name:22} idle {idle:5.1f} s, beside them {beside:5.1f} s: {beside / idle:4.1f}")
+
+
+GATHER = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from model import all_gather
+dist.init_process_group("gloo")
+x = torch.randn(2048, 512, requires_grad=True)
+def sent():
+    return int(next(l for l in open("/proc/net/dev") if " lo:" in l).split()[9]) / 1e6 / 10
+def all_reduce():
+    grad = torch.ones(2 * 2048, 512)
+    dist.all_reduce(grad)
+y = all_gather(x)
+def backward():
+    y.sum().backward(retain_graph=True)
+for function in (backward, all_reduce):
+    dist.barrier()
+    before = sent()
+    for _ in range(5):
+        function()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        print(f"{function.__name__:11} {sent() - before:5.1f} MB by each; its rows are 4.2 MB")
+"""
+
+
+def bench_gather():
+    print("\nbackward of the gather, two processes, 2048 x 512 each: beside an all_reduce")
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+        script.write(GATHER)
+        script.flush()
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+        command = [*launch, "--standalone", script.name, ROOT]
+        subprocess.run(command, stderr=subprocess.DEVNULL)
+
+
+def bench_memory(steps=2000):
+    print("\nresident memory, MB, after steps 50, 500, 2000")
+    for batch in (128, 256):
+        with tempfile.TemporaryDirectory() as folder:
+            jpegs = [photo_like(320, 240, seed) for seed in range(8)]
+            rng, members = random.Random(0), []
+            for i in range(2000):
+                caption = data.draw_sample(rng, 16)[1]
+                members += [(f"{i}.jpg", jpegs[i % 8]), (f"{i}.txt", caption.encode())]
+            from common import write_tar
+
+            shard = write_tar(Path(folder, "0.tar"), members)
+            for source in ("shapes", shard):
+                samples = str(batch * steps)
+                flags = ["--data", source, "--batch_size", str(batch), "--samples", samples,
+                         "--log_every", "50", "--eval_every", "100000"]  # fmt: skip
+                seen = []
+                for process, line in train(Path(folder, f"out_{Path(source).stem}"), *flags):
+                    if line.split("/")[0] in ("step 50", "step 500", "step 2000"):
+                        status = Path(f"/proc/{process.pid}/status").read_text()
+                        seen.append(int(status.split("VmRSS:")[1].split()[0]) // 1024)
+                grown = seen[-1] / seen[0]
+                print(f"{Path(source).name:8} batch {batch}: {seen}, {grown:.2f} times")
 
 
 if __name__ == "__main__":
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {name}")
-    sections = dict(loss=bench_loss, pictures=bench_pictures, steps=bench_steps, tokens=bench_tokens)
-    for section in sys.argv[1:] or sections:
-        sections[section]()
+    where = torch.cuda.get_device_name() if GPU else f"{platform.machine()}, {os.cpu_count()} cores"
+    print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads")
+    parts = ["loss", "steps", "pictures", "evaluate", "threads", "gather"]
+    for name in sys.argv[1:] or parts:
+        globals()[f"bench_{name}"]()
