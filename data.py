@@ -28,7 +28,6 @@ import random
 import re
 import signal
 import tarfile
-import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -231,7 +230,8 @@ HELD_OUT = 480  # pictures of one object (ten of each class), and as many of two
 
 
 def is_held_out(first, relation, second):
-    """A tenth of all arrangements of two objects is never drawn in training."""
+    """A tenth of all arrangements of two objects, in these words, is never drawn in training. (The
+    same picture in other words can be: A left of B is B right of A.)"""
     return ((first * 4 + relation) * 96 + second) * 2_654_435_761 % 2**32 % 10 == 0
 
 
@@ -674,21 +674,8 @@ class Samples(Dataset):
         return torch.zeros(3, self.size, self.size, dtype=torch.uint8), "", skipped
 
 
-class BatchSampler:
-    """The sample numbers of this process's part of every batch, from step `first` on."""
-
-    def __init__(self, first, batch_size, rank, world_size):
-        self.first, self.batch_size, self.rank = first, batch_size, rank
-        self.local = batch_size // world_size
-
-    def __iter__(self):
-        for step in itertools.count(self.first):
-            start = step * self.batch_size + self.rank * self.local
-            yield range(start, start + self.local)
-
-
 def collate(samples, tokenizer, context_length):
-    """-> images uint8 (N, 3, H, W), tokens int64 (N, T), Counter. T is a multiple of 8."""
+    """-> images uint8 (N, 3, H, W), tokens int64 (N, T), Counter. T is a multiple of 8, or all."""
     images, captions, skipped = zip(*samples)
     images, tokens = torch.stack(images), tokenize(captions, tokenizer, context_length)
     longest = int((tokens == vocab_size(tokenizer) - 1).int().argmax(1).max()) + 1
@@ -703,15 +690,9 @@ class LoadingError(RuntimeError):
 
 
 def ignore_signals(worker):
-    """A signal goes to all processes of a group, but the training itself ends its workers. Python,
-    too, ends its children with SIGTERM when it exits: therefore that works after some seconds."""
-
-    def exit_later(number, frame):
-        timer = threading.Timer(5, os._exit, (0,))
-        timer.daemon = True
-        timer.start()
-
-    signal.signal(signal.SIGTERM, exit_later)
+    """Ctrl-C and SIGUSR1 go to all processes of a group, but the training ends its workers itself:
+    with SIGTERM, for which they must not keep the handler of the process that they come from."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
@@ -724,7 +705,7 @@ def load(dataset, **settings):
         if loader.num_workers:  # a death is noticed when a batch is missing, not in mid-step
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from iterator
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError) as error:  # the last two: a worker's pipe
         reason = str(error).strip().splitlines()[-1]
         raise LoadingError(f"loading data failed ({reason}). If memory or /dev/shm is short, use "
                            "fewer --workers, or 0; in Docker: --shm-size=8g") from None  # fmt: skip
@@ -736,9 +717,11 @@ def batches(source, config, batch_size, crop_scale=0.9, seed=0, rank=0, world_si
     The Counter `skipped` grows. Raises LoadingError if too many samples are bad."""
     skipped, taken, bad = Counter() if skipped is None else skipped, 0, 0
     text = {"tokenizer": config.tokenizer, "context_length": config.context_length}
+    local = batch_size // world_size  # of a batch, a process takes so many samples in a row
+    starts = itertools.count(step * batch_size + rank * local, batch_size)
     loader = load(
         Samples(source, seed, config.image_size, crop_scale),
-        batch_sampler=BatchSampler(step, batch_size, rank, world_size),
+        batch_sampler=(range(start, start + local) for start in starts),
         collate_fn=partial(collate, **text), num_workers=workers, pin_memory=pin_memory,
     )  # fmt: skip
     for images, tokens, lost in loader:

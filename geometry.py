@@ -13,8 +13,8 @@ In the last row a, b and d are measured in units of 1/sqrt(c). No exponential ma
 
 The triangle root-x-y also has an *exterior angle* at x: the turn of a traveller from the root to x
 who goes on to y. x *entails* y if y lies in the cone that opens behind x, that is, if the exterior
-angle is at most the cone's *half-aperture*. K is the minimum radius: nearer the root cones are
-half-spaces. A sphere has no outward, hence no cones.
+angle is at most the cone's *half-aperture*. K is the minimum radius: where K / a, or 2 K / sinh a,
+is above 1, the cone is a half-space. A sphere has no outward, hence no cones.
 
                  exterior angle                                                half-aperture
     euclidean    atan2(b sin g, (b - a) - 2 b hav)                             asin(K / a)
@@ -36,9 +36,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-# Guards where a derivative is infinite or undefined: there the gradient is 0. torch.where is needed
-# twice. Its unused branch gets the gradient 0, but 0 * inf = nan, so that branch needs a harmless
-# argument, too. All conditions are false for NaN, which stays visible.
+# Guards where a derivative is infinite or undefined: there the gradient is 0. torch.where computes
+# both branches and multiplies the gradient of the unused one by 0, but 0 * inf = nan. So that
+# branch's argument is replaced, too. All conditions are false for NaN, which stays visible.
 
 
 def safe_sqrt(x):
@@ -79,8 +79,11 @@ def haversine(u, v):
 
 class Geometry:
     """What geometries have in common. To add one, add a class, and its name at the end of the file.
-    `logits` are the names of its similarities, the default first. `final_ln`: do both towers end
-    with a LayerNorm? (In the released weights EuCLIP's do not.)"""
+
+    It needs `logits` (names of its similarities, the default first), `final_ln` (do both towers end
+    with a LayerNorm? In the released weights EuCLIP's do not), `cones`, `embed`, `similarity`, and
+    `cone` if it has cones. If it is no vector space, then `root`, `distance_to_root` and `project`.
+    """
 
     cones = True  # does it have entailment cones?
     root_name = "the origin"
@@ -152,7 +155,8 @@ class Sphere(Geometry):
             return cos
         hav = snap((1 - cos) / 2)
         rest = snap(1 - hav)
-        return -2 * torch.atan2(safe_sqrt(hav), safe_sqrt(rest))  # has no edges, where acos has two
+        # unlike that of acos, this gradient is finite at both ends
+        return -2 * torch.atan2(safe_sqrt(hav), safe_sqrt(rest))
 
     def root(self, embeddings):
         """All embeddings (N, D) -> their mean (D,). Source: EuCLIP, Figure 2."""
@@ -230,7 +234,7 @@ class Hyperbolic(Geometry):
         logit = self.find_logit(logit)
         a, u = self.polar(x, curv)  # (N, 1), (N, D)
         b, v = self.polar(y, curv)  # (M, 1), (M, D)
-        # sinh((a - b)/2), from functions of a alone and b alone: per pair there are only products
+        # sinh((a - b)/2) = (e^(a/2) e^(-b/2) - e^(-a/2) e^(b/2)) / 2: N + M exponentials, not N * M
         radial = (a / 2).exp() / 2 * (-b / 2).exp().T - (-a / 2).exp() / 2 * (b / 2).exp().T
         sinh_a, sinh_b = torch.sinh(a), torch.sinh(b)
         sinh_ab = sinh_a * sinh_b.T  # (N, M)

@@ -97,8 +97,8 @@ def rank():
 
 
 class AllGather(torch.autograd.Function):
-    """Each process computes a loss from the rows of all. So the gradient of a row is the sum of
-    what all have for it: each sends each other the gradients of its rows, and no more."""
+    """Rows of all processes. Backward: a process needs the gradients that all have computed for its
+    rows, summed. (gloo's reduce_scatter sends twice as much as all_to_all.)"""
 
     @staticmethod
     def forward(ctx, x):  # (N, D)
@@ -126,8 +126,8 @@ def all_gather(x):
 
 class Layout(NamedTuple):
     """How the rows (R, C) that linear layers see lie in the samples (N, T, C) that attention sees.
-    Captions average 12 to 20 tokens of 77; only those at `index` are rows. The others are 0 in
-    attention, which is exact: a causal one never looks at what follows the end token."""
+    Real captions average 12 to 20 tokens of 77: only the tokens at `index` in N * T are rows. The
+    others are 0 in attention, which is exact: it never looks at what follows the end token."""
 
     T: int
     causal: bool
@@ -376,7 +376,7 @@ NOT_OURS = {  # the beginning of a parameter's name -> what such a file is
     "model.": "wrapped by Lightning; remove 'model.' from its parameter names",
 }
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # in OpenAI's files
-HEADS_64 = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024)  # widths with 64 per head elsewhere
+HEADS_64 = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024)  # widths with 64 channels per head
 
 
 def load_checkpoint(path):

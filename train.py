@@ -52,7 +52,7 @@ class TrainConfig:
     geometry: str = flag("euclidean", ", ".join(GEOMETRIES))
     logit: Optional[str] = flag(None, "default: the geometry's first; see geometry.py")
     entailment_weight: float = flag(0.0, "lambda, the weight of the entailment loss")
-    min_radius: float = flag(0.1, "K: nearer the root cones are half-spaces")
+    min_radius: float = flag(0.1, "K: the larger, the wider the cones")
     final_min_radius: Optional[float] = flag(None, "K at the end, reached linearly")
     init_logit_scale: Optional[float] = flag(None, "log space; default: the paper's, or for shapes")
     max_logit_scale: float = flag(100.0, "the factor itself")
@@ -140,9 +140,9 @@ def validate(c):
 # processes and signals
 
 
-def print0(*args):
+def print0(*args, **how):
     if rank() == 0:
-        print(*args, flush=True)
+        print(*args, **how, flush=True)
 
 
 def join_processes(name):
@@ -186,24 +186,23 @@ def first_on_process_0(function):
     return result
 
 
-class Interrupted(KeyboardInterrupt):
-    pass
-
-
 class StopSignals:
     """SIGTERM, SIGUSR1 and Ctrl-C: the step is finished and saved, but data is not waited for. A
     second signal ends the program."""
 
+    NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
     def __init__(self):
         self.received = self.waiting = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in self.NUMBERS:
             signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         self.received = True
-        signal.signal(number, signal.SIG_DFL)
+        for number in self.NUMBERS:
+            signal.signal(number, signal.SIG_DFL)
         if self.waiting:
-            raise Interrupted
+            raise KeyboardInterrupt
 
     def next(self, iterator):
         """-> the next item, or None once a signal has come."""
@@ -212,7 +211,7 @@ class StopSignals:
             item = None if self.received else next(iterator)
             self.waiting = False
             return item
-        except Interrupted:
+        except KeyboardInterrupt:
             return None
         finally:
             self.waiting = False
@@ -417,7 +416,11 @@ class Run:
         if rank() == 0:
             self.log = open_log(self.folder / "log.jsonl", self.step)
         count = sum(p.numel() for p in model.parameters())
-        print0(" ".join(f"--{k} {v}" for k, v in asdict(c).items() if v is not None))
+        for name, value in asdict(c).items():
+            if value is not None and name != "resume":
+                flag = f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else None
+                print0(flag or f"--{name} {value}", end=" ")
+        print0()
         print0(f"torch {torch.__version__}, {self.device}, {world_size()} processes with "
                f"{self.workers} loading each, {count:,} parameters")  # fmt: skip
         if source:
@@ -431,7 +434,7 @@ class Run:
         self.since, self.waited, self.reported = time.monotonic(), 0.0, self.step
 
     def next_batch(self):
-        """-> (images, tokens), None; or None, and why, if it is not because of a signal."""
+        """-> a batch, None; after a signal None, None; if loading failed None, the error."""
         since = time.monotonic()
         try:
             return self.stop.next(self.batches), None
@@ -505,7 +508,7 @@ class Run:
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(path.with_suffix(".tmp"), path)
-            except (RuntimeError, OSError) as error:  # torch makes the first of a full disk
+            except (RuntimeError, OSError) as error:  # the first, too, if the disk is full
                 raise OSError(f"cannot write {path} ({error}); it is still the last one") from None
 
 
@@ -543,7 +546,7 @@ def train(c, given):
             )
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
         run.nonfinite = torch.maximum(run.nonfinite, (~grad_norm.isfinite()).float())
-        optimizer.found_inf = run.nonfinite  # from now on a fused optimizer takes no step
+        optimizer.found_inf = run.nonfinite  # a fused optimizer takes no step where this is 1
         optimizer.step()
         optimizer.zero_grad()
         model.clamp_scalars()

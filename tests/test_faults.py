@@ -174,7 +174,7 @@ def test_a_killed_loading_process_ends_the_run_saved_and_with_a_remedy(tmp_path,
         return rate(step, *rest)
 
     monkeypatch.setattr(train, "learning_rate", learning_rate)
-    message = main(monkeypatch, *ENDLESS, "--workers", 2, "--out_dir", tmp_path)
+    message = main(monkeypatch, *ENDLESS, "--workers", 1, "--out_dir", tmp_path)
     assert len(message.splitlines()) == 1 and "--workers" in message and "--shm-size" in message
     assert saved(tmp_path)["step"] == len(losses_of(tmp_path)) >= 4
 

@@ -75,26 +75,34 @@ def twelve_samples():
 
 
 def one_epoch(source):
-    """-> how many samples came as they are, and how many others were skipped."""
+    """-> captions of the samples that came as they are, number of the others."""
     samples = data.Samples(source, 0, 16, 0.9)
-    losses = [samples[number][2] for number in range(len(source))]
-    return losses.count({}), sum(map(bool, losses))
+    drawn = [samples[number] for number in range(len(source))]
+    assert all(picture.shape == (3, 16, 16) for picture, _, _ in drawn)
+    captions = [caption for _, caption, skipped in drawn if not skipped]
+    return captions, len(drawn) - len(captions)
 
 
 @pytest.mark.parametrize("extension", ["jpg", "txt"])
 def test_fuzzed_members_are_used_or_counted(tmp_path, extension):
-    members, rng, skipped = twelve_samples(), random.Random(extension), 0
+    members, rng, total = twelve_samples(), random.Random(extension), 0
     for i in range(500):
-        mutated = []
+        mutated, blank = [], 0
         for name, content in members:
-            mutated.append((name, mutate(content, rng) if name.endswith(extension) else content))
+            content = mutate(content, rng) if name.endswith(extension) else content
+            mutated.append((name, content))
+            text = content.decode("utf-8-sig", errors="replace").replace("\0", " ")
+            blank += name.endswith("txt") and not text.strip()
         source = data.open_source(write_tar(tmp_path / f"{i}.tar", mutated))
         assert len(source) == 12 and not source.left_out
-        came, others = one_epoch(source)
-        assert came + others == 12
-        skipped += others
-    print(f"{skipped} of 6,000 samples skipped")
-    assert skipped > 0
+        captions, others = one_epoch(source)
+        if extension == "jpg":  # each is its own sample
+            assert len(set(captions)) == len(captions)
+        else:
+            assert others == blank
+        total += others
+    print(f"{total} of 6,000 samples skipped")
+    assert total > 0
 
 
 def test_a_fuzzed_tar_is_used_refused_or_counted(tmp_path):
@@ -109,9 +117,9 @@ def test_a_fuzzed_tar_is_used_refused_or_counted(tmp_path):
             assert f"{i}.tar" in str(error)
             refused += 1
             continue
-        came, others = one_epoch(source)
+        captions, others = one_epoch(source)
         told += bool(source.left_out)
-        silent += came < 12 and not source.left_out and not others
+        silent += len(captions) < 12 and not source.left_out and not others
     print(f"{refused} refused, {told} told of damage, {silent} silent")
     assert silent == 0
 
