@@ -706,7 +706,7 @@ def load(dataset, **settings):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from iterator
     except (RuntimeError, OSError, EOFError) as error:  # the last two: a worker's pipe
-        reason = str(error).strip().splitlines()[-1]
+        reason = [type(error).__name__, *str(error).strip().splitlines()][-1]
         raise LoadingError(f"loading data failed ({reason}). If memory or /dev/shm is short, use "
                            "fewer --workers, or 0; in Docker: --shm-size=8g") from None  # fmt: skip
 

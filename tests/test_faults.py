@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -208,7 +209,8 @@ def test_a_signal_ends_the_reading_of_data_that_never_come(tmp_path):
     pipe = endless_picture(tmp_path / "pictures")
 
     def signal_main():
-        os.open(pipe, os.O_WRONLY)  # comes back when the run has begun to read
+        os.open(pipe, os.O_WRONLY)  # comes back when the run has opened it, too
+        time.sleep(0.2)  # not between Python and the system call, where no signal is noticed
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
     threading.Thread(target=signal_main).start()
