@@ -1,9 +1,9 @@
 """Three geometries for image and text embeddings: the sphere (CLIP), flat space (EuCLIP) and
 hyperbolic space (MERU).
 
-An embedding is a vector at the *root*, so it has a radius and a direction. Take two embeddings with
-radii a and b and an angle g between them, and write hav = (1 - cos g) / 2 for the *haversine* of
-that angle. One law, the law of haversines, gives the distance d between them in every geometry:
+An embedding is a vector, so it has a radius and a direction. Take two of them, x and y, with radii
+a and b and an angle g between them, and write hav = (1 - cos g) / 2 for the *haversine* of that
+angle. One law, the law of haversines, gives the distance d between x and y in every geometry:
 
     clip         unit sphere     sin^2(d/2)  = hav
     euclidean    flat space      d^2         = (a - b)^2 + 4 a b hav
@@ -11,10 +11,11 @@ that angle. One law, the law of haversines, gives the distance d between them in
 
 In the last row a, b and d are measured in units of 1/sqrt(c). No exponential map is needed.
 
-The triangle root-x-y also has an *exterior angle* at x: the turn of a traveller from the root to x
-who goes on to y. x *entails* y if y lies in the cone that opens behind x, that is, if the exterior
-angle is at most the cone's *half-aperture*. K is the minimum radius: where K / a, or 2 K / sinh a,
-is above 1, the cone is a half-space. A sphere has no outward, hence no cones.
+In flat and hyperbolic space the *root* is the origin. The triangle root-x-y has an *exterior angle*
+at x: the turn of a traveller from the root to x who goes on to y. x *entails* y if y lies in the
+cone that opens behind x: if the exterior angle is at most the cone's *half-aperture*. K is the
+minimum radius: where K / a, or 2 K / sinh a, is above 1, the cone is a half-space. A sphere has no
+outward, hence no cones.
 
                  exterior angle                                                half-aperture
     euclidean    atan2(b sin g, (b - a) - 2 b hav)                             asin(K / a)
