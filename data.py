@@ -172,7 +172,7 @@ def load_image(path, size):
         x, y = (w - min(w, limit)) // 2, (h - min(h, limit)) // 2
         image = image.crop((x, y, w - x, h - y))
         w, h = image.size
-    w, h = max(size, size * w // min(w, h)), max(size, size * h // min(w, h))
+    w, h = size * w // min(w, h), size * h // min(w, h)
     image = image.resize((w, h), Image.Resampling.BICUBIC)
     left, top = round((w - size) / 2), round((h - size) / 2)
     return to_tensor(image.crop((left, top, left + size, top + size)))

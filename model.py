@@ -232,7 +232,7 @@ def pack_tokens(tokens, vocab_size):
     N, T = tokens.shape
     lengths = caption_lengths(tokens, vocab_size)
     real = (torch.arange(T, device=tokens.device) < lengths[:, None]).flatten()
-    R = min(N * T, N * math.ceil(int(real.sum()) / N))
+    R = N * math.ceil(int(real.sum()) / N)  # <= N * T
     padding = (~real).nonzero().squeeze(1)
     return torch.cat([real.nonzero().squeeze(1), padding])[:R]
 

@@ -27,6 +27,7 @@ import typing
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
@@ -140,9 +141,9 @@ def validate(c):
 # processes and signals
 
 
-def print0(*args, **how):
+def print0(*args):
     if rank() == 0:
-        print(*args, **how, flush=True)
+        print(*args, flush=True)
 
 
 def join_processes(name):
@@ -208,9 +209,7 @@ class StopSignals:
         """-> the next item, or None once a signal has come."""
         try:
             self.waiting = True
-            item = None if self.received else next(iterator)
-            self.waiting = False
-            return item
+            return None if self.received else next(iterator)
         except KeyboardInterrupt:
             return None
         finally:
@@ -405,10 +404,10 @@ class Run:
         self.workers = min(8, evaluate.cores()) if c.workers is None else c.workers
         self.skipped_before, self.fetched = self.skipped, Counter()
         verbose, self.val_source = rank() == 0, evaluate.held_out_source(asdict(c))
-        source = first_on_process_0(lambda: data.open_source(c.data, verbose))
+        source = first_on_process_0(partial(data.open_source, c.data, verbose))
         if self.val_source:
-            pairs = first_on_process_0(lambda: data.held_out_pairs(self.val_source, verbose))
-            self.held_out = pairs
+            read = partial(data.held_out_pairs, self.val_source, verbose)
+            self.held_out = first_on_process_0(read)
         self.batches = data.batches(
             source, model.config, c.batch_size, c.crop_scale, c.seed, rank(), world_size(),
             self.workers, self.step, self.fetched, pin_memory=self.device.type == "cuda",
@@ -416,11 +415,13 @@ class Run:
         if rank() == 0:
             self.log = open_log(self.folder / "log.jsonl", self.step)
         count = sum(p.numel() for p in model.parameters())
+        flags = []
         for name, value in asdict(c).items():
-            if value is not None and name != "resume":
-                flag = f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else None
-                print0(flag or f"--{name} {value}", end=" ")
-        print0()
+            if isinstance(value, bool) and name != "resume":
+                flags.append(f"--{name}" if value else f"--no-{name}")
+            elif value is not None and name != "resume":
+                flags.append(f"--{name} {value}")
+        print0(" ".join(flags))
         print0(f"torch {torch.__version__}, {self.device}, {world_size()} processes with "
                f"{self.workers} loading each, {count:,} parameters")  # fmt: skip
         if source:
