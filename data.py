@@ -229,9 +229,15 @@ SHAPE_TEMPLATES = ["a {}", "a small {}", "a large {}"]
 HELD_OUT = 480  # pictures of one object (ten of each class), and as many of two
 
 
-def is_held_out(first, relation, second):
-    """A tenth of all arrangements of two objects, in these words, is never drawn in training. (The
-    same picture in other words can be: A left of B is B right of A.)"""
+def mirrored(scene):
+    """The same picture in other words: A left of B is B right of A."""
+    first, relation, second = scene
+    return second, relation ^ 1, first
+
+
+def is_held_out(scene):
+    """A tenth of all arrangements of two objects, in whatever words, is never drawn in training."""
+    first, relation, second = min(scene, mirrored(scene))
     return ((first * 4 + relation) * 96 + second) * 2_654_435_761 % 2**32 % 10 == 0
 
 
@@ -241,9 +247,9 @@ def random_scene(rng, two):
         first = int(rng.random() * 96)
         if not two:
             return first, None, None
-        relation, second = int(rng.random() * 4), int(rng.random() * 96)
-        if not is_held_out(first, relation, second):
-            return first, relation, second
+        scene = first, int(rng.random() * 4), int(rng.random() * 96)
+        if not is_held_out(scene):
+            return scene
 
 
 def describe(scene, level, rng=None):
@@ -303,9 +309,10 @@ def held_out_scenes():
     """HELD_OUT scenes of one object, then as many of two, of which training never draws one."""
     rng = random.Random("held out")
     ones = [(i % 96, None, None) for i in range(HELD_OUT)]
-    pairs = itertools.product(range(96), range(4), range(96))
-    twos = [scene for scene in pairs if is_held_out(*scene)]
-    return ones + sorted(twos, key=lambda scene: rng.random())[:HELD_OUT]
+    twos = itertools.product(range(96), range(4), range(96))
+    twos = [scene for scene in twos if is_held_out(scene) and scene <= mirrored(scene)]
+    twos = sorted(twos, key=lambda scene: rng.random())[:HELD_OUT]
+    return ones + [scene if rng.random() < 0.5 else mirrored(scene) for scene in twos]
 
 
 def held_out_levels():
