@@ -257,44 +257,36 @@ def traverse(model, images, texts, min_radius=None):
 
 
 def embed_hierarchy(model, **loading):
-    """Held-out shapes -> pictures (N, D), captions of all levels (M, D), the same as strings, and
-    N chains: a picture's L captions as indices, from the most general to the most specific."""
-    chains = data.held_out_levels()
-    captions = list(dict.fromkeys(itertools.chain.from_iterable(chains)))
-    index = {caption: i for i, caption in enumerate(captions)}
-    images, _ = embed_images(model, range(data.HELD_OUT, 2 * data.HELD_OUT), **loading)
-    chains = [[index[caption] for caption in chain] for chain in chains]
-    return images, embed_texts(model, captions), captions, chains
+    """Held-out shapes -> pictures (N, D), their captions of L levels (L, N, D), general first."""
+    N = data.HELD_OUT
+    images, _ = embed_images(model, range(N, 2 * N), **loading)
+    levels = zip(*data.held_out_levels())  # L times N captions
+    return images, torch.stack([embed_texts(model, captions) for captions in levels])
 
 
 @torch.no_grad()
-def hierarchy_metrics(model, images, texts, chains):
+def hierarchy_metrics(model, images, texts):
     """What `embed_hierarchy` returns -> does the geometry know what is general?
 
-    text_radius, image_radius  mean distance from the root: most specific captions, pictures
-    general_nearer             of all pairs in a chain, those with the general caption nearer the
-                               root (chance: half)
-    own_in_cone, other_in_cone captions whose cone holds their picture; another picture, half the
-                               set away, of which they are not captions, too. None without cones
+    text_radius, image_radius  mean distance from the root: L numbers; one
+    general_nearer             of the captions, those nearer the root than the next, more specific
+                               one of the same picture (chance: half)
+    own_in_cone, other_in_cone captions whose cone holds their own picture; another one: L numbers
+                               each. None without cones
     """
-    geometry, half = model.geometry, len(images) // 2
-    root = geometry.root(torch.cat([images, texts]))
-    radius = geometry.distance_to_root(texts, root).cpu()
-    pairs = {pair for chain in chains for pair in itertools.combinations(chain, 2)}
-    nearer = [bool(radius[general] < radius[specific]) for general, specific in pairs]
-    out = {"text_radius": radius[[chain[-1] for chain in chains]].mean().item(),
+    geometry = model.geometry
+    root = geometry.root(torch.cat([images, texts.flatten(0, 1)]))
+    radius = geometry.distance_to_root(texts, root)  # (L, N)
+    out = {"text_radius": radius.mean(1).tolist(),
            "image_radius": geometry.distance_to_root(images, root).mean().item(),
-           "general_nearer": sum(nearer) / len(nearer),
+           "general_nearer": (radius[:-1] < radius[1:]).double().mean().item(),
            "own_in_cone": None, "other_in_cone": None}  # fmt: skip
     if geometry.cones:
         K = last_min_radius(model) or model.train_config.get("min_radius", 0.1)
-        inside = in_cones(model, texts, images, K).tolist()  # (N, M)
-        own, other = [], []
-        for i, chain in enumerate(chains):
-            j = (i + half) % len(chains)
-            own += [inside[i][text] for text in chain]
-            other += [inside[j][text] for text in chain if text not in chains[j]]
-        out |= {"own_in_cone": sum(own) / len(own), "other_in_cone": sum(other) / len(other)}
+        others = images.roll(len(images) // 2, 0)
+        for name, points in (("own_in_cone", images), ("other_in_cone", others)):
+            outside = geometry.entailment_loss(texts, points, K, model.scalars()[1])  # (L, N)
+            out[name] = (outside == 0).double().mean(1).tolist()
     return out
 
 
@@ -403,12 +395,14 @@ def print_results(results):
                 print_row(title, [r[name] for name in names])
                 print_row("chance %", [r["chance"][name] for name in names])
     if h := results.get("hierarchy"):
-        print(f"hierarchy: held-out pictures and their captions of {len(data.LEVELS)} levels")
-        radii = f"text {h['text_radius']:.2f}, image {h['image_radius']:.2f}"
-        print(f"  mean distance from the root: {radii}")
-        print_row("general caption nearer the root % (chance 50)", [h["general_nearer"]])
-        cones = [h["own_in_cone"], h["other_in_cone"]]
-        print_row("caption's cone holds its picture, another %", cones)
+        nearer = f"{100 * h['general_nearer']:.1f} % nearer than the next level (chance 50)"
+        print(f"hierarchy: captions of {len(data.LEVELS)} levels, {nearer}\n"
+              f"{'':50}from root  cone holds own, other picture %")  # fmt: skip
+        nothing = [None] * len(data.LEVELS)
+        columns = h["text_radius"], h["own_in_cone"] or nothing, h["other_in_cone"] or nothing
+        for level, radius, *cones in zip(data.LEVELS, *columns):
+            print_row(f"{level:48}{radius:11.2f}", cones)
+        print(f"  {'pictures':48}{h['image_radius']:11.2f}")
     if t := results.get("traversal"):
         print(f"traversal: {t['protocol']}")
         for picture, path in t["retrieved"].items():
@@ -494,8 +488,7 @@ def run(args):
                              "--retrieval JSON --images DIR or --classification DIR")  # fmt: skip
         results |= held_out(model, source, data.held_out_pairs(source), **loading)
         if source == "shapes":
-            images, texts, _, chains = embed_hierarchy(model, **loading)
-            results["hierarchy"] = hierarchy_metrics(model, images, texts, chains)
+            results["hierarchy"] = hierarchy_metrics(model, *embed_hierarchy(model, **loading))
     print(f"pictures: shorter side to {model.config.image_size}, centre crop; towers in "
           f"{args.dtype}, similarities in float32, ties count against the model")  # fmt: skip
     print_results(results)

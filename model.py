@@ -346,6 +346,7 @@ class CLIP(nn.Module):
                 if entailment_weight > 0:
                     loss = contrastive + entailment_weight * outside.mean()
             root = geometry.root(torch.cat([all_image, all_text])).detach()
+            out["logit_scale"], out["curvature"] = scale.detach(), curv.detach()
             out["text_radius"] = geometry.distance_to_root(text.detach(), root).mean()
             out["image_radius"] = geometry.distance_to_root(image.detach(), root).mean()
         return {"loss": loss, **out}

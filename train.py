@@ -27,9 +27,7 @@ import typing
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
-from typing import Optional
 
 import torch
 import torch.distributed as dist
@@ -51,48 +49,49 @@ class TrainConfig:
     """The flags. Defaults are the quick start's; README has the paper's."""
 
     geometry: str = flag("euclidean", ", ".join(GEOMETRIES))
-    logit: Optional[str] = flag(None, "default: the geometry's first; see geometry.py")
+    logit: str | None = flag(None, "default: the geometry's first; see geometry.py")
     entailment_weight: float = flag(0.0, "lambda, the weight of the entailment loss")
     min_radius: float = flag(0.1, "K: the larger, the wider the cones")
-    final_min_radius: Optional[float] = flag(None, "K at the end, reached linearly")
-    init_logit_scale: Optional[float] = flag(None, "log space; default: the paper's, or for shapes")
+    final_min_radius: float | None = flag(None, "K at the end, reached linearly")
+    init_logit_scale: float | None = flag(None, "log space; default: the paper's, or for shapes")
     max_logit_scale: float = flag(100.0, "the factor itself")
     model: str = flag("tiny", ", ".join(PRESETS))
-    final_ln: Optional[bool] = flag(None, "LayerNorm at the end of both towers")
-    quick_gelu: Optional[bool] = flag(None, "as in OpenAI's own weights")
-    vision_heads: Optional[int] = flag(None, "default: width / 64")
-    text_heads: Optional[int] = flag(None, "default: width / 64")
-    init_from: Optional[str] = flag(None, "start with the weights and sizes of this checkpoint")
+    final_ln: bool | None = flag(None, "LayerNorm at the end of both towers")
+    quick_gelu: bool | None = flag(None, "as in OpenAI's own weights")
+    vision_heads: int | None = flag(None, "default: width / 64")
+    text_heads: int | None = flag(None, "default: width / 64")
+    init_from: str | None = flag(None, "start with the weights and sizes of this checkpoint")
     data: str = flag("shapes", "shapes, tar shards, a .csv or .tsv, or a folder; see data.py")
-    val_data: Optional[str] = flag(None, "held-out data, likewise; shapes has its own")
+    val_data: str | None = flag(None, "held-out data, likewise; shapes has its own")
     crop_scale: float = flag(0.9, "smallest fraction of a picture's area that a crop keeps")
-    tokenizer: Optional[str] = flag(None, "bytes, clip, or tiktoken's; default: bytes for tiny")
+    tokenizer: str | None = flag(None, "bytes, clip, or tiktoken's; default: bytes for tiny")
     batch_size: int = flag(128, "over all processes")
     micro_batch: int = flag(0, "samples per process and pass, if memory is short; 0: all at once")
     samples: int = flag(90_000, "how many to see")
     lr: float = flag(3e-3, "at its peak; after the warm-up it falls to 0 by a cosine")
-    warmup: Optional[int] = flag(None, "steps; default: a tenth of all, 500 at most")
+    warmup: int | None = flag(None, "steps; default: a tenth of all, 500 at most")
     weight_decay: float = flag(0.2, "on matrices only")
     beta2: float = flag(0.98, "AdamW's")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: any")
     out_dir: str = flag("out", "for ckpt.pt and log.jsonl")
     resume: bool = flag(False, "go on from out_dir/ckpt.pt, or start if there is none")
     save_every: int = flag(1000, "steps")
-    eval_every: Optional[int] = flag(None, "steps; default: five times in all")
+    eval_every: int | None = flag(None, "steps; default: five times in all")
     log_every: int = flag(20, "steps")
-    device: Optional[str] = flag(None, "default: cuda, else mps, else cpu")
-    dtype: Optional[str] = flag(None, "float32 or bfloat16; default: bfloat16 on cuda")
-    compile: Optional[bool] = flag(None, "torch.compile; default: on cuda")
-    workers: Optional[int] = flag(None, "loading processes per process; default: cores, at most 8")
+    device: str | None = flag(None, "default: cuda, else mps, else cpu")
+    dtype: str | None = flag(None, "float32 or bfloat16; default: bfloat16 on cuda")
+    compile: bool | None = flag(None, "torch.compile; default: on cuda")
+    workers: int | None = flag(None, "loading processes per process; default: cores, at most 8")
     seed: int = flag(0, "of weights and data")
 
 
-CHANGEABLE = ("samples", "lr", "warmup", "grad_clip", "min_radius", "final_min_radius", "workers",
-              "entailment_weight", "max_logit_scale", "val_data", "micro_batch", "resume",
-              "out_dir", "save_every", "eval_every", "log_every", "device", "dtype",
-              "compile")  # by the flags of a resumed run  # fmt: skip
+# A resumed run cannot change these flags. All others it can.
+FIXED = ("geometry", "logit", "model", "final_ln", "quick_gelu", "vision_heads", "text_heads",
+         "init_from", "init_logit_scale", "data", "crop_scale", "tokenizer", "batch_size",
+         "weight_decay", "beta2", "seed")  # fmt: skip
+# The lowest value of a number, where it is not 0
 LOWEST = {"init_logit_scale": -math.inf, "max_logit_scale": 1e-9, "batch_size": 2, "log_every": 1,
-          "save_every": 1, "eval_every": 1}  # and 0 for all other numbers  # fmt: skip
+          "save_every": 1, "eval_every": 1}  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -154,9 +153,6 @@ def join_processes(name):
             raise ValueError("each SLURM task would train alone; start one per machine, which runs "
                              "torchrun --nproc_per_node=GPUS train.py")  # fmt: skip
         return device
-    missing = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
-    if missing:
-        raise ValueError(f"RANK is set, but not {', '.join(sorted(missing))}: use torchrun")
     if device.type == "cuda":
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
@@ -177,19 +173,8 @@ def any_process(flag):
     return bool(flag)
 
 
-def first_on_process_0(function):
-    """Call it on process 0, which makes what is missing on the disk, then on the others."""
-    if rank() > 0:
-        any_process(False)  # wait
-    result = function()
-    if rank() == 0:
-        any_process(False)
-    return result
-
-
 class StopSignals:
-    """SIGTERM, SIGUSR1 and Ctrl-C: the step is finished and saved, but data is not waited for. A
-    second signal ends the program."""
+    """SIGTERM, SIGUSR1 and Ctrl-C end a training after its step. A second signal kills it."""
 
     NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -205,13 +190,16 @@ class StopSignals:
         if self.waiting:
             raise KeyboardInterrupt
 
-    def next(self, iterator):
-        """-> the next item, or None once a signal has come."""
+    def next(self, batches):
+        """-> a batch, None. After a signal, which ends the waiting for data: None, None. If loading
+        failed: None, the error."""
         try:
             self.waiting = True
-            return None if self.received else next(iterator)
+            return None if self.received else next(batches), None
         except KeyboardInterrupt:
-            return None
+            return None, None
+        except data.LoadingError as error:
+            return None, error
         finally:
             self.waiting = False
 
@@ -343,7 +331,7 @@ def find_checkpoint(path, c, given):
     checkpoint = load_checkpoint(path)
     if not {"optimizer", "train_config", "config", "step"} <= set(checkpoint):
         raise ValueError(f"{path} has no optimizer state: evaluate it, or use --init_from")
-    for name in given - set(CHANGEABLE):
+    for name in given & set(FIXED):
         mine, its = getattr(c, name), checkpoint["train_config"][name]
         if mine != its:
             raise ValueError(f"{path} was trained with --{name} {its}, not {mine}")
@@ -360,26 +348,26 @@ def open_log(path, step):
     return file
 
 
+# What is printed of a report, and how
 REPORT = {"loss": ".3f", "entailment": ".3f", "in_cone": ".0%", "text_radius": ".2f",
           "image_radius": ".2f", "logit_scale": ".2f", "curvature": ".2f", "grad_norm": ".2f",
-          "lr": ".1e", "samples_per_second": ",.0f", "waiting": ".0%", "skipped": "",
-          "minutes_left": ".1f"}  # what is printed, and how  # fmt: skip
+          "lr": ".1e", "samples_per_second": ",.0f", "skipped": ""}  # fmt: skip
 
 
 class Run:
-    """What a training consists of, new or as it was when it stopped."""
+    """What a training consists of, new or as it was when it stopped. Raises ValueError."""
 
     def __init__(self, c, given):
         self.device = join_processes(c.device)
-        self.folder = Path(c.out_dir)
-        checkpoint = find_checkpoint(self.folder / "ckpt.pt", c, given)
+        self.path = Path(c.out_dir, "ckpt.pt")
+        checkpoint = find_checkpoint(self.path, c, given)
         if checkpoint:  # flags that are not given are those of the run so far
             kept = given | {"resume", "out_dir", "device", "workers"}
             before = checkpoint["train_config"].items()
-            c = replace(c, **{k: v for k, v in before if k not in kept})
+            c = replace(c, **{name: value for name, value in before if name not in kept})
         validate(c)
         if rank() == 0:
-            self.lock = lock_folder(self.folder)
+            self.lock = lock_folder(self.path.parent)
         model = CLIP(Config(**checkpoint["config"])) if checkpoint else build_model(c)
         model.config.max_logit_scale, c.tokenizer = c.max_logit_scale, model.config.tokenizer
         self.c, self.model, self.steps = c, model.to(self.device), c.samples // c.batch_size
@@ -389,10 +377,33 @@ class Run:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.step = checkpoint["step"]
             self.skipped.update(checkpoint["skipped"] if rank() == 0 else ())
-        self.nonfinite, self.reports_at_bound = torch.zeros((), device=self.device), Counter()
+        if self.step < self.steps:
+            self.open_data()
+            self.start()
+
+    def open_data(self):
+        c, verbose = self.c, rank() == 0
+        self.workers = min(8, evaluate.cores()) if c.workers is None else c.workers
+        self.val_source = evaluate.held_out_source(asdict(c))
+        if rank() > 0:
+            any_process(False)  # wait until process 0 has indexed all shards
+        source = data.open_source(c.data, verbose)
+        if self.val_source:
+            self.held_out = data.held_out_pairs(self.val_source, verbose)
+        if rank() == 0:
+            any_process(False)
+        self.fetched, self.skipped_before = Counter(), self.skipped
+        self.batches = data.batches(
+            source, self.model.config, c.batch_size, c.crop_scale, c.seed, rank(), world_size(),
+            self.workers, self.step, self.fetched, pin_memory=self.device.type == "cuda",
+        )  # fmt: skip
+        if source:
+            print0(f"{len(source):,} samples in {c.data}; left out: {dict(source.left_out)}")
+        if source and len(source) < c.batch_size:
+            floor = math.log(c.batch_size / len(source))
+            print0(f"warning: a batch has pairs more than once: no loss below {floor:.2f}")
 
     def start(self):
-        """Everything that a finished run does not need any more."""
         c, model = self.c, self.model
         self.autocast, compile = choose_precision(c, self.device)
         self.net, self.loss = model, model.loss
@@ -401,48 +412,16 @@ class Run:
             self.loss = torch.compile(model.loss)
         if world_size() > 1:
             self.net = DDP(model, gradient_as_bucket_view=True)
-        self.workers = min(8, evaluate.cores()) if c.workers is None else c.workers
-        self.skipped_before, self.fetched = self.skipped, Counter()
-        verbose, self.val_source = rank() == 0, evaluate.held_out_source(asdict(c))
-        source = first_on_process_0(partial(data.open_source, c.data, verbose))
-        if self.val_source:
-            read = partial(data.held_out_pairs, self.val_source, verbose)
-            self.held_out = first_on_process_0(read)
-        self.batches = data.batches(
-            source, model.config, c.batch_size, c.crop_scale, c.seed, rank(), world_size(),
-            self.workers, self.step, self.fetched, pin_memory=self.device.type == "cuda",
-        )  # fmt: skip
         if rank() == 0:
-            self.log = open_log(self.folder / "log.jsonl", self.step)
+            self.log = open_log(self.path.with_name("log.jsonl"), self.step)
+        print0(*(f"{name}={value}" for name, value in asdict(c).items() if value is not None))
         count = sum(p.numel() for p in model.parameters())
-        flags = []
-        for name, value in asdict(c).items():
-            if isinstance(value, bool) and name != "resume":
-                flags.append(f"--{name}" if value else f"--no-{name}")
-            elif value is not None and name != "resume":
-                flags.append(f"--{name} {value}")
-        print0(" ".join(flags))
         print0(f"torch {torch.__version__}, {self.device}, {world_size()} processes with "
                f"{self.workers} loading each, {count:,} parameters")  # fmt: skip
-        if source:
-            print0(f"{len(source):,} samples in {c.data}; left out: {dict(source.left_out)}")
-        if source and len(source) < c.batch_size:
-            floor = math.log(c.batch_size / len(source))
-            print0(f"warning: a batch has pairs more than once: no loss below {floor:.2f}")
         chance = math.log(c.batch_size)
         print0(f"a model that knows nothing has loss ln({c.batch_size}) = {chance:.3f}")
-        self.stop = StopSignals()
-        self.since, self.waited, self.reported = time.monotonic(), 0.0, self.step
-
-    def next_batch(self):
-        """-> a batch, None; after a signal None, None; if loading failed None, the error."""
-        since = time.monotonic()
-        try:
-            return self.stop.next(self.batches), None
-        except data.LoadingError as error:
-            return None, error
-        finally:
-            self.waited += time.monotonic() - since
+        self.nonfinite, self.reports_at_bound = torch.zeros((), device=self.device), Counter()
+        self.stop, self.since, self.reported = StopSignals(), time.monotonic(), self.step
 
     def write(self, values, text):
         """A report: for programs and for people."""
@@ -450,33 +429,28 @@ class Run:
             print(json.dumps({"step": self.step} | values), file=self.log, flush=True)
             print(f"step {self.step}/{self.steps}  {text}", flush=True)
 
-    def report(self, losses, grad_norm, lr):
+    def report(self, metrics, grad_norm, lr):
         skipped = torch.tensor(float(sum(self.skipped.values())), device=self.device)
-        values = torch.stack([*losses.values(), skipped]).detach().float()
+        totals = torch.stack([*metrics.values(), skipped]).detach().float()
         if world_size() > 1:
-            dist.all_reduce(values)
-        *means, skipped = values.tolist()
-        passed, count = time.monotonic() - self.since, self.step - self.reported
-        scale, curv = self.model.scalars().tolist()
-        r = {name: total / world_size() for name, total in zip(losses, means)}
-        r |= {"grad_norm": grad_norm.item(), "logit_scale": scale, "curvature": curv, "lr": lr,
-              "samples_per_second": count * self.c.batch_size / passed,
-              "waiting": self.waited / passed, "skipped": int(skipped),
-              "minutes_left": (self.steps - self.step) * passed / count / 60}  # fmt: skip
+            dist.all_reduce(totals)
+        *totals, skipped = totals.tolist()
+        r = {name: total / world_size() for name, total in zip(metrics, totals)}
+        samples = (self.step - self.reported) * self.c.batch_size
+        r |= {"grad_norm": grad_norm.item(), "lr": lr, "skipped": int(skipped),
+              "samples_per_second": samples / (time.monotonic() - self.since)}  # fmt: skip
         self.write(r, "  ".join(f"{k} {r[k]:{form}}" for k, form in REPORT.items() if k in r))
-        self.since, self.waited, self.reported = time.monotonic(), 0.0, self.step
+        self.since, self.reported = time.monotonic(), self.step
         for name, bounds in self.model.bounds().items():
             if any(abs(getattr(self.model, name).item() - bound) < 1e-6 for bound in bounds):
                 self.reports_at_bound[name] += 1
                 if self.reports_at_bound[name] == 10:
                     print0(f"warning: {name} stays at its bound: the loss asks for more")
 
-    def check_finite(self, losses, grad_norm):
+    def check_finite(self, metrics, grad_norm):
         if self.nonfinite:
-            scale, curv = self.model.scalars().tolist()
-            values = {"logit scale": scale, "curvature": curv, "norm of the gradient": grad_norm}
-            values |= {name: loss.item() for name, loss in losses.items()}
-            values = ", ".join(f"{name} {float(v):.3g}" for name, v in values.items())
+            values = {"norm of the gradient": grad_norm, **metrics}
+            values = ", ".join(f"{name} {value.item():.3g}" for name, value in values.items())
             raise FloatingPointError(
                 f"the gradient is not finite at step {self.step}: {self.c.geometry}/{self.c.logit}"
                 f", {values}. --resume goes on from the last checkpoint; without one, try a lower "
@@ -495,7 +469,7 @@ class Run:
 
     def save(self):
         """The old file stays whole until the new one is on the disk."""
-        counts, path = [self.skipped] * world_size(), self.folder / "ckpt.pt"
+        counts = [self.skipped] * world_size()
         if world_size() > 1:
             dist.all_gather_object(counts, self.skipped)
         state = {"state_dict": self.model.state_dict(), "config": asdict(self.model.config),
@@ -503,22 +477,32 @@ class Run:
                  "step": self.step, "skipped": dict(sum(counts, Counter())),
                  "epoch": 0}  # which open_clip looks for  # fmt: skip
         if rank() == 0:
+            temporary = self.path.with_suffix(".tmp")
             try:
-                with open(path.with_suffix(".tmp"), "wb") as file:
+                with open(temporary, "wb") as file:
                     torch.save(state, file)
                     file.flush()
                     os.fsync(file.fileno())
-                os.replace(path.with_suffix(".tmp"), path)
-            except (RuntimeError, OSError) as error:  # the first, too, if the disk is full
-                raise OSError(f"cannot write {path} ({error}); it is still the last one") from None
+                os.replace(temporary, self.path)
+            except (RuntimeError, OSError) as error:  # torch raises the first if the disk is full
+                message = f"cannot write {self.path} ({error}); it is still the last one"
+                raise OSError(message) from None
+
+    def stop_early(self, failure):
+        """A signal has come, or data can come no more (failure)."""
+        self.save()
+        if failure:
+            raise failure
+        print0(f"stopped by a signal after step {self.step}; go on with --resume")
 
 
-def train(c, given):
-    run = Run(c, given)
+# ------------------------------------------------------------------------------------------------
+
+
+def train(run):
     c, model, optimizer, steps, first = run.c, run.model, run.optimizer, run.steps, run.step
     if first >= steps:
-        return print0(f"{run.folder / 'ckpt.pt'} is already complete: {first} steps")
-    run.start()
+        return print0(f"{run.path} is already complete: {first} steps")
     began = time.monotonic()
     for step in range(first, steps):
         lr = learning_rate(step, steps, c.lr, c.warmup)
@@ -527,22 +511,19 @@ def train(c, given):
         K = min_radius(step, steps, c.min_radius, c.final_min_radius)
         K = torch.tensor(K, device=run.device)  # torch.compile would make a constant of a float
 
-        batch, failure = run.next_batch()
+        batch, failure = run.stop.next(run.batches)
         if any_process(batch is None):
-            run.save()
-            if failure:
-                raise failure
-            return print0(f"stopped by a signal after step {step}; go on with --resume")
+            return run.stop_early(failure)
         run.skipped = run.skipped_before + run.fetched  # not before: this batch will be used
         parts = split_batch(*batch, c.micro_batch, model.config.vocab_size, run.device)
 
         if len(parts) == 1:
             with run.autocast:
                 image, text, scalars = run.net(*parts[0])
-            losses = run.loss(image, text, scalars, c.entailment_weight, K)
-            losses["loss"].backward()
+            metrics = run.loss(image, text, scalars, c.entailment_weight, K)
+            metrics["loss"].backward()
         else:
-            losses = gradcache_backward(
+            metrics = gradcache_backward(
                 run.net, model, parts, run.autocast, run.loss, c.entailment_weight, K
             )
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
@@ -558,28 +539,30 @@ def train(c, given):
         evaluating = run.val_source and (last or run.step % c.eval_every == 0)
         saving = last or evaluating or run.step % c.save_every == 0
         if reporting or saving or run.device.type != "cuda":  # a GPU would have to be waited for
-            run.check_finite(losses, grad_norm)
+            run.check_finite(metrics, grad_norm)
         if reporting:
-            run.report(losses, grad_norm, lr)
+            run.report(metrics, grad_norm, lr)
         if saving:
             run.save()  # before evaluating, which can take long, or fail
         if evaluating:
             run.evaluate()
-    seconds, path = time.monotonic() - began, run.folder / "ckpt.pt"
-    print0(f"{steps - first} steps in {seconds:.0f} s; {path} is ready for evaluate.py")
+    seconds = time.monotonic() - began
+    print0(f"{steps - first} steps in {seconds:.0f} s; {run.path} is ready for evaluate.py")
 
 
 @record  # torchrun shows the error of the process that failed first
 def main():
-    c, given = parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+    c, given = parse_args()
     try:
-        train(c, given)
-    except (FloatingPointError, data.LoadingError) as error:
-        sys.exit(f"train.py: {error}")  # status 1
+        run = Run(c, given)
     except (ValueError, OSError, dist.DistError) as error:  # what a user can mend
         print(f"train.py: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    try:
+        train(run)
+    except (FloatingPointError, OSError, data.LoadingError) as error:
+        sys.exit(f"train.py: {error}")  # status 1
     if dist.is_initialized():
         dist.barrier()  # threads of a process that leaves early can abort the others
         dist.destroy_process_group()

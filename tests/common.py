@@ -85,7 +85,7 @@ def write_shard(path, samples):
 
 def in_process(*args):
     """train.py with these flags, in this process. Raises what it raises."""
-    train.train(*train.parse_args([str(arg) for arg in args]))
+    train.train(train.Run(*train.parse_args([str(arg) for arg in args])))
 
 
 def run_train(*args, timeout=200, **env):

@@ -26,7 +26,6 @@ sys.path.insert(0, str(ROOT))
 import evaluate
 from assets import figures
 from geometry import GEOMETRIES
-from model import load_model
 
 CODE = ("geometry.py", "model.py", "data.py", "evaluate.py", "train.py")
 OUT, SAMPLES, SEEDS, FEWER = ROOT / "out_study", 90_000, 10, 4
@@ -95,26 +94,25 @@ def one(folder, flags, seed, samples):
         call(command, folder / "evaluate.txt")
     refuse_to_mix(folder.parent, samples)  # has the code changed in the meantime?
     if evaluated.exists():
-        metrics, model = json.loads(evaluated.read_text()), load_model(folder / "ckpt.pt")
-        images, texts, _, chains = evaluate.embed_hierarchy(model)
-        metrics["traversal"] = traversal_metrics(model, images, texts, chains)
-        if K := evaluate.last_min_radius(model):
-            metrics["traversal_in_cones"] = traversal_metrics(model, images, texts, chains, K)
+        metrics, subject = json.loads(evaluated.read_text()), figures.Subject(folder / "ckpt.pt")
+        metrics["traversal"] = traversal_metrics(subject)
+        if K := evaluate.last_min_radius(subject.model):
+            metrics["traversal_in_cones"] = traversal_metrics(subject, K)
         result.write_text(json.dumps(metrics))
 
 
-def traversal_metrics(model, images, texts, chains, min_radius=None):
+def traversal_metrics(subject, min_radius=None):
     """captions: mean number on a way; changes: from a caption to the next, on all ways together;
     to_general, to_specific: fractions of these by level. The root does not count."""
-    level, captions, changes = {}, 0, []
-    for chain in chains:
+    texts, level, captions, changes = subject.texts, {}, 0, []
+    for chain in subject.chains:
         level |= {text: i for i, text in enumerate(chain)}
-    for way in evaluate.traverse(model, images, texts, min_radius):
+    for way in evaluate.traverse(subject.model, subject.images, texts, min_radius):
         levels = [level[text] for _, text in way if text < len(texts)]
         captions += len(levels)
         changes += [b - a for a, b in zip(levels, levels[1:])]
     n = len(changes)
-    return {"captions": captions / len(images), "changes": n,
+    return {"captions": captions / len(subject.images), "changes": n,
             "to_general": sum(c < 0 for c in changes) / n if n else None,
             "to_specific": sum(c > 0 for c in changes) / n if n else None}  # fmt: skip
 
@@ -130,12 +128,12 @@ TABLES = {
         "top-1 %": TOP1, "R@1 %": R1, "general nearer the root %": GENERAL,
         "radius of text, training": ("log.text_radius", 1, 2),
         "of image, training": ("log.image_radius", 1, 2),
-        "radius of text, held out": ("hierarchy.text_radius", 1, 2),
+        "radius of text, held out": ("hierarchy.text_radius.4", 1, 2),
         "of image, held out": ("hierarchy.image_radius", 1, 2)},
     "cones and ways to the root": {
         "in its caption's cone %, training": ("log.in_cone", 100, 1),
-        "in its captions' cones %, held out": ("hierarchy.own_in_cone", 100, 1),
-        "in others' %": ("hierarchy.other_in_cone", 100, 1),
+        "held out": ("hierarchy.own_in_cone.4", 100, 1),
+        "in another caption's %": ("hierarchy.other_in_cone.4", 100, 1),
         "captions on the way": ("traversal.captions", 1, 2),
         "changes": ("traversal.changes", 1, 0),
         "to general %": ("traversal.to_general", 100, 1),
@@ -166,9 +164,12 @@ def finished(out, seeds):
 
 
 def look_up(result, path):
-    """"a.b" in {"a": {"b": 1}} -> 1; None where a geometry does not have it."""
-    table, name = path.split(".")
-    return result.get(table, {}).get(name)
+    """"a.b.1" in {"a": {"b": [5, 6]}} -> 6; None where a geometry does not have it."""
+    for name in path.split("."):
+        if result is None:
+            return None
+        result = result[int(name)] if isinstance(result, list) else result.get(name)
+    return result
 
 
 def mean_and_deviation(results, path, factor, digits):

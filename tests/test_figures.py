@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,7 +122,7 @@ def test_a_difference_has_the_interval_of_student():
 def write_result(out, name, seed, r1):
     folder = out / f"{name}-s{seed}"
     folder.mkdir()
-    hierarchy = {"text_radius": 0.1, "image_radius": 0.2, "general_nearer": 0.5,
+    hierarchy = {"text_radius": [9, 9, 9, 9, 0.1], "image_radius": 0.2, "general_nearer": 0.5,
                  "own_in_cone": None, "other_in_cone": None}  # fmt: skip
     way = {"captions": 1.0, "changes": 0, "to_general": None, "to_specific": None}
     result = {"zero_shot": {"top1": 1.0}, "retrieval": {"mean_r1": r1}, "hierarchy": hierarchy}
@@ -152,11 +153,16 @@ def test_traversals_are_counted_by_level():
     opposite direction one at 1; the ways have 2 and 1 captions and together one change."""
     texts = torch.tensor([[0.5, 0.0], [2.0, 0.0], [-1.0, 0.0]])
     images, model = torch.tensor([[4.0, 0.0], [-4.0, 0.0]]), small("euclidean")
-    m = study.traversal_metrics(model, images, texts, [[0, 1], [0, 2]])
+
+    def metrics_of(images, chains):
+        subject = SimpleNamespace(model=model, images=images, texts=texts, chains=chains)
+        return study.traversal_metrics(subject)
+
+    m = metrics_of(images, [[0, 1], [0, 2]])
     assert m == {"captions": 1.5, "changes": 1, "to_general": 1.0, "to_specific": 0.0}
-    m = study.traversal_metrics(model, images, texts, [[1, 0], [1, 2]])
+    m = metrics_of(images, [[1, 0], [1, 2]])
     assert (m["to_general"], m["to_specific"]) == (0.0, 1.0)
-    m = study.traversal_metrics(model, images[1:], texts, [[0, 2]])
+    m = metrics_of(images[1:], [[0, 2]])
     assert m == {"captions": 1.0, "changes": 0, "to_general": None, "to_specific": None}
 
 

@@ -376,7 +376,7 @@ def test_a_fourth_geometry_is_one_class(monkeypatch):
     losses["loss"].backward()
     for parameter in model.parameters():
         assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0
-    assert set(losses) == {"loss", "contrastive", "text_radius", "image_radius"}
+    assert "text_radius" in losses and not {"entailment", "in_cone"} & set(losses)
     model.alpha_txt.data.fill_(7.0)
     model.clamp_scalars()
     assert model.alpha_txt.item() == 1
