@@ -55,10 +55,11 @@ CLIP_WORDS = regex.compile(r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\
 
 @lru_cache
 def clip_encoding():
-    """CLIP's byte-pair encoding as a tiktoken Encoding. CLIP marks a word's last letter (t</w>);
-    tiktoken merges bytes. So the mark becomes a byte of its own, a newline, which cleaned captions
-    do not have. The 256 tokens (byte, mark) rank below every merge: the last byte of a word takes
-    its mark first. After that both merge by the same ranks."""
+    """CLIP's byte-pair encoding as a tiktoken Encoding.
+
+    In CLIP's vocabulary the last letter of a word carries a mark: c a t</w>. tiktoken knows only
+    bytes, so here the mark is one more byte, a newline, and the word is "cat\\n". Its first merges
+    (every byte with the newline) give back CLIP's marked letters. All later ones are CLIP's own."""
     raw = gzip.decompress(tiktoken.load.read_file_cached(CLIP_VOCABULARY, CLIP_SHA256))
     merges = raw.decode().split("\n")[1:48_895]
     # CLIP spells a printable byte as itself, the others as chr(256), chr(257), ...
@@ -105,7 +106,7 @@ def vocab_size(tokenizer):
     return find_tokenizer(tokenizer)[1]
 
 
-def collapse_whitespace(text):
+def clean_text(text):
     """As CLIP cleans: no HTML escapes (often there are two layers), single spaces."""
     return " ".join(html.unescape(html.unescape(text)).split())
 
@@ -117,7 +118,7 @@ def tokenize(texts, tokenizer, context_length=77):
     texts = [texts] if isinstance(texts, str) else texts
     tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
     for row, text in zip(tokens, texts):
-        ids = encode(collapse_whitespace(text))[: context_length - 2]
+        ids = encode(clean_text(text))[: context_length - 2]
         row[: len(ids) + 2] = torch.tensor([V - 2, *ids, V - 1])
     return tokens
 

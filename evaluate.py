@@ -73,13 +73,13 @@ def embed_images(model, items, batch_size=64, workers=0):
     pictures = Pictures(items[rank() :: world_size()], model.config.image_size)
     for images, readable in data.load(pictures, batch_size=batch_size, num_workers=workers):
         x = model.encode_image(images.to(device))
-        rows.append(x.masked_fill(~readable[:, None].to(device), math.inf))
-    rows.append(torch.empty(0, model.config.embed_dim, device=device))
+        rows.append(torch.cat([x, readable[:, None].to(x)], dim=1))  # a last column: readable?
+    rows.append(torch.empty(0, model.config.embed_dim + 1, device=device))
     rows = gather_rows(torch.cat(rows), len(items))
-    kept = (~rows.isinf().all(1)).nonzero().squeeze(1)
+    kept = rows[:, -1].nonzero().squeeze(1)
     if len(kept) == 0:
         raise ValueError(f"none of {len(items)} pictures can be read, the first is {items[0]}")
-    return rows[kept], kept.tolist()
+    return rows[kept, :-1], kept.tolist()
 
 
 @torch.no_grad()

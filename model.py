@@ -20,7 +20,7 @@ import re
 import zipfile
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,12 +48,12 @@ class Config:
     vocab_size: int = 258  # start token V - 2, end token V - 1, padding 0 after the end
     tokenizer: str = "bytes"  # see data.tokenize
     context_length: int = 77
-    vision_heads: Optional[int] = None  # None: width / 64
-    text_heads: Optional[int] = None
+    vision_heads: int | None = None  # None: width / 64
+    text_heads: int | None = None
     geometry: str = "euclidean"
-    logit: Optional[str] = None
-    final_ln: Optional[bool] = None  # LayerNorm at the end of both towers
-    init_logit_scale: Optional[float] = None  # in log space
+    logit: str | None = None
+    final_ln: bool | None = None  # LayerNorm at the end of both towers
+    init_logit_scale: float | None = None  # in log space
     max_logit_scale: float = 100.0  # CLIP: above this training became unstable
     quick_gelu: bool = False  # True for OpenAI's own weights
 
@@ -124,43 +124,42 @@ def all_gather(x):
 # the transformer that both towers share
 
 
-class Layout(NamedTuple):
-    """How the rows (R, C) that linear layers see lie in the samples (N, T, C) that attention sees.
-    Real captions average 12 to 20 tokens of 77: only the tokens at `index` in N * T are rows. The
-    others are 0 in attention, which is exact: it never looks at what follows the end token."""
+class Packing(NamedTuple):
+    """Captions are padded to T tokens; 12 to 20 of 77 are real. So the text tower computes *packed*
+    tokens (R, C), the real ones of all captions in a row. Only attention has to know which belong
+    together: it sees them *padded* (N, T, C), with zeros for the rest. The result is exact, because
+    no token looks at what comes after it."""
 
+    index: torch.Tensor  # (R,), where the packed tokens are in N * T
+    N: int
     T: int
-    causal: bool
-    index: Optional[torch.Tensor] = None  # (R,) positions in N * T; None: all
-    N: int = 0  # needed with an index
 
-    def to_samples(self, x):  # (R, C) -> (N, T, C)
-        if self.index is not None:
-            x = x.new_zeros(self.N * self.T, x.shape[1]).index_copy(0, self.index, x)
-        return x.unflatten(0, (-1, self.T))
+    def pad(self, x):  # (R, C) -> (N, T, C)
+        x = x.new_zeros(self.N * self.T, x.shape[1]).index_copy(0, self.index, x)
+        return x.unflatten(0, (self.N, self.T))
 
-    def to_rows(self, x):  # (N, T, C) -> (R, C)
-        x = x.flatten(0, 1)
-        return x if self.index is None else x.index_select(0, self.index)
+    def pack(self, x):  # (N, T, C) -> (R, C)
+        return x.flatten(0, 1).index_select(0, self.index)
 
 
 class Attention(nn.Module):
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, causal):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))  # queries, keys, values
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x, layout):
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (R, 3C)
-        qkv = layout.to_samples(qkv).unflatten(2, (3, self.heads, -1))  # (N, T, 3, H, C/H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, H, T, C/H) each
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=layout.causal)
-        y = y.transpose(1, 2).flatten(2)  # (N, T, C)
-        return self.out_proj(layout.to_rows(y))
+    def forward(self, x, packing=None):
+        """x (N, T, C), or packed (R, C) -> the same shape."""
+        x = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        x = packing.pad(x) if packing else x  # (N, T, 3C)
+        q, k, v = x.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (N, H, T, C/H) each
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x.transpose(1, 2).flatten(2)  # (N, T, C)
+        return self.out_proj(packing.pack(x) if packing else x)
 
 
 class QuickGELU(nn.Module):
@@ -169,32 +168,34 @@ class QuickGELU(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width, heads, quick_gelu):
+    def __init__(self, width, heads, quick_gelu, causal):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, causal)
         self.ln_2 = nn.LayerNorm(width)
         c_fc, c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         gelu = QuickGELU() if quick_gelu else nn.GELU()
         self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=gelu, c_proj=c_proj))
 
-    def forward(self, x, layout):
-        x = x + self.attn(self.ln_1(x), layout)
+    def forward(self, x, packing=None):
+        x = x + self.attn(self.ln_1(x), packing)
         x = x + self.mlp(self.ln_2(x))
         return x
 
 
 class Transformer(nn.Module):
-    def __init__(self, width, layers, heads, quick_gelu):
+    def __init__(self, width, layers, *block):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads, quick_gelu) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, *block) for _ in range(layers))
 
-    def forward(self, x, layout, pooled):
-        """x (R, C) -> (N, C), the rows `pooled` (N,). Only they go through the last MLP."""
+    def forward(self, x, pooled, packing=None):
+        """x (N, T, C), or packed (R, C) -> (N, C): of all tokens in a row, those at `pooled` (N,).
+        Only they go through the last MLP."""
         *blocks, last = self.resblocks
         for block in blocks:
-            x = block(x, layout)
-        x = (x + last.attn(last.ln_1(x), layout)).index_select(0, pooled)
+            x = block(x, packing)
+        x = x + last.attn(last.ln_1(x), packing)
+        x = x.flatten(0, -2).index_select(0, pooled)
         return x + last.mlp(last.ln_2(x))
 
 
@@ -206,7 +207,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(C**-0.5 * torch.randn(C))
         self.positional_embedding = nn.Parameter(C**-0.5 * torch.randn(T, C))
         self.ln_pre = nn.LayerNorm(C)
-        self.transformer = Transformer(C, c.vision_layers, c.vision_heads, c.quick_gelu)
+        self.transformer = Transformer(C, c.vision_layers, c.vision_heads, c.quick_gelu, False)
         self.ln_post = nn.LayerNorm(C) if c.final_ln else nn.Identity()
         self.proj = nn.Parameter(C**-0.5 * torch.randn(C, c.embed_dim))
 
@@ -214,9 +215,8 @@ class VisionTransformer(nn.Module):
         x = self.conv1(images).flatten(2).transpose(1, 2)  # (N, patches, C)
         class_token = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding  # (N, T, C)
-        layout = Layout(x.shape[1], causal=False)
-        class_rows = torch.arange(len(x), device=x.device) * x.shape[1]
-        x = self.transformer(self.ln_pre(x).flatten(0, 1), layout, class_rows)  # (N, C)
+        class_tokens = torch.arange(len(x), device=x.device) * x.shape[1]
+        x = self.transformer(self.ln_pre(x), class_tokens)  # (N, C)
         return self.ln_post(x) @ self.proj  # (N, D)
 
 
@@ -226,8 +226,8 @@ def caption_lengths(tokens, vocab_size):
 
 
 def pack_tokens(tokens, vocab_size):
-    """tokens (N, T) -> int64 (R,): positions in N * T of the tokens to compute: all real ones in
-    order, then padding up to a multiple of N, for few different R: memory is reused, and
+    """tokens (N, T) -> int64 (R,), the index of a Packing: the real tokens of all captions, then
+    some padding, so that R is a multiple of N. With few different R memory is reused and
     torch.compile sees few shapes. Called before tokens go to a GPU, which would have to wait."""
     N, T = tokens.shape
     lengths = caption_lengths(tokens, vocab_size)
@@ -251,7 +251,7 @@ class CLIP(nn.Module):
         self.visual = VisionTransformer(c)
         self.token_embedding = nn.Embedding(c.vocab_size, C)
         self.positional_embedding = nn.Parameter(torch.empty(c.context_length, C))
-        self.transformer = Transformer(C, c.text_layers, c.text_heads, c.quick_gelu)
+        self.transformer = Transformer(C, c.text_layers, c.text_heads, c.quick_gelu, True)
         self.ln_final = nn.LayerNorm(C) if c.final_ln else nn.Identity()
         self.text_projection = nn.Parameter(torch.empty(C, c.embed_dim))
         self.init_text_weights(C, c.text_layers)
@@ -295,8 +295,8 @@ class CLIP(nn.Module):
         # F.embedding, because the gradient of table[i] is not reproducible with two CPU threads
         x = self.token_embedding(tokens.flatten().index_select(0, index))  # (R, C)
         x = x + F.embedding(index % T, self.positional_embedding)
-        ends = caption_lengths(tokens, self.config.vocab_size).cumsum(0) - 1  # rows of end tokens
-        x = self.transformer(x, Layout(T, True, index, N), ends)
+        end_tokens = caption_lengths(tokens, self.config.vocab_size).cumsum(0) - 1
+        x = self.transformer(x, end_tokens, Packing(index, N, T))  # (N, C)
         return self.embed(self.ln_final(x) @ self.text_projection, "alpha_txt")
 
     def scalars(self):
@@ -369,8 +369,10 @@ class CLIP(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # checkpoints: {"state_dict": weights in open_clip's names, "config": ..., and more}
 
-NUMBERS = [type(np.dtype(code)) for code in "?bhilfdBHIL"]  # numpy's, which some trainers keep
-PLAIN_VALUES = [np.dtype, np.float64(0).__reduce__()[0], argparse.Namespace, *NUMBERS]
+# What a file may hold beside tensors: flags, and numbers of numpy with what unpickles them
+NUMBERS = [type(np.dtype(code)) for code in "?bhilfdBHIL"]
+MAKE_NUMBER = np.float64(0).__reduce__()[0]
+PLAIN_VALUES = [np.dtype, MAKE_NUMBER, argparse.Namespace, *NUMBERS]
 NOT_OURS = {  # the beginning of a parameter's name -> what such a file is
     "visual.layer1": "a ResNet; only Vision Transformers are read",
     "vision_model": "in Hugging Face's layout; convert it to open_clip's",
