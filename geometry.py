@@ -1,34 +1,36 @@
-"""Three geometries for image and text embeddings: the sphere (CLIP), flat space (EuCLIP) and
-hyperbolic space (MERU).
+"""Three geometries for embeddings: the sphere (CLIP), flat space (EuCLIP), hyperbolic space (MERU).
 
-An embedding is a vector, so it has a radius and a direction. Take two of them, x and y, with radii
-a and b and an angle g between them, and write hav = (1 - cos g) / 2 for the *haversine* of that
-angle. One law, the law of haversines, gives the distance d between x and y in every geometry:
+Distance. Let vectors x and y have lengths a and b and an angle g between them, and call
+hav = sin^2(g/2) = (1 - cos g) / 2 the *haversine* of g. One law, the law of haversines, gives their
+distance d in every geometry:
 
-    clip         unit sphere     sin^2(d/2)  = hav
-    euclidean    flat space      d^2         = (a - b)^2 + 4 a b hav
-    hyperbolic   curvature -c    sinh^2(d/2) = sinh^2((a - b)/2) + sinh(a) sinh(b) hav
+    S(d/2)^2 = S((a - b)/2)^2 + S(a) S(b) hav
 
-In the last row a, b and d are measured in units of 1/sqrt(c). No exponential map is needed.
+    euclidean    S(r) = r       d^2         = (a - b)^2 + 4 a b hav
+    hyperbolic   S(r) = sinh r  sinh^2(d/2) = sinh^2((a - b)/2) + sinh(a) sinh(b) hav
+    clip         S(r) = sin r   sin^2(d/2)  = hav       (a = b = pi/2: the points of an equator)
 
-In flat and hyperbolic space the *root* is the origin. The triangle root-x-y has an *exterior angle*
-at x: the turn of a traveller from the root to x who goes on to y. x *entails* y if y lies in the
-cone that opens behind x: if the exterior angle is at most the cone's *half-aperture*. K is the
-minimum radius: where K / a, or 2 K / sinh a, is above 1, the cone is a half-space. A sphere has no
-outward, hence no cones.
+If the curvature of hyperbolic space is -c, the unit of a, b and d is 1/sqrt(c).
 
-                 exterior angle                                                half-aperture
-    euclidean    atan2(b sin g, (b - a) - 2 b hav)                             asin(K / a)
-    hyperbolic   atan2(sinh b sin g, sinh(b - a) - 2 cosh a sinh b hav)        asin(2 K / sinh a)
+Entailment. In flat and hyperbolic space the origin is the *root*, and a is the distance of x from
+it. Walk from the root to x, then turn towards y: you turn by the *exterior angle* at x. x *entails*
+y if that is at most the *half-aperture* of x: y is in the cone that opens behind x.
 
-Precision. No term of the law is negative, so nothing cancels in it. But its fast form, one matrix
-product for all pairs, gives cosines, and 1 - cos g has an error of about 1e-7 in float32. Therefore
-directions less than 1e-3 rad apart, and points of flat space closer than a thousandth of their
-radius, cannot be told apart: `snap` makes their distance 0. Cones compare row with row, so there
-hav = |u - v|^2 / 4 is affordable, which is exact. All this wants float32 or float64, no autocast.
+    exterior angle   atan2(S(b) sin g, S(b - a) - 2 S'(a) S(b) hav)       S'(r) = 1 or cosh r
+    half-aperture    asin(K / a), in hyperbolic space asin(2 K / sinh(a))
 
-A *similarity* grows as points get closer: it is minus a distance, and that minus stands only here.
-Axes: N images and M texts, or the other way round; D is the width of the embeddings.
+The *minimum radius* K sets how wide cones are. So near the root that asin has no value the
+half-aperture is a right angle. A sphere has no outward, hence no cones.
+
+Precision. No term of the law is negative, so nothing cancels. But for all pairs at once hav comes
+from a matrix product, as 1 - cos g, with an error of 1e-7 in float32. Its square root, which the
+logits `arc` and `distance` take, would be noise for near pairs. There `snap` takes a hav below
+4 eps for 0: directions within 1.4e-3 rad, and flat points within 1.4e-3 of their length, count as
+equal. Cones compare row with row and can afford hav = |u - v|^2 / 4, good to 2e-4 of its value
+even at 1e-4 rad. All this wants float32 or float64, no autocast.
+
+A *similarity* is larger for closer points: minus a distance, or a product. Axes: N images and M
+texts, or the other way round; D is the width of the embeddings.
 Sources: EuCLIP (arXiv:2409.13079), MERU (arXiv:2304.09172), CLIP (arXiv:2103.00020).
 """
 
@@ -37,13 +39,13 @@ import math
 import torch
 import torch.nn.functional as F
 
-# Guards where a derivative is infinite or undefined: there the gradient is 0. torch.where computes
-# both branches and multiplies the gradient of the unused one by 0, but 0 * inf = nan. So that
-# branch's argument is replaced, too. All conditions are false for NaN, which stays visible.
+# Guards: where a derivative is infinite or undefined, the gradient is 0. torch.where alone is not
+# enough: the branch that is not taken gets the gradient 0, times its infinite derivative: nan. So
+# that branch gets a harmless argument. The conditions are false for NaN, which passes through.
 
 
 def safe_sqrt(x):
-    """sqrt(x); 0 with gradient 0 for x <= 0. (relu's derivative is a mask: it drops infinity.)"""
+    """sqrt(x), but 0 with gradient 0 for x <= 0: relu's backward turns infinity into 0 there."""
     return torch.relu(x).sqrt()
 
 
@@ -55,24 +57,24 @@ def safe_atan2(y, x):
 
 def half_aperture(K, radius):
     """asin(K / radius); a right angle with gradient 0 for radius <= K."""
-    near = radius <= K
+    near = (radius <= K) | (K / radius >= 1)  # the quotient is rounded, too
     return torch.where(near, math.pi / 2, torch.asin(K / torch.where(near, math.inf, radius)))
 
 
 def snap(x, unit=1.0):
-    """0 where x <= 4 eps unit, the rounding error of a matrix product with terms of that size: the
-    gradient of sqrt(x), 1 / (2 sqrt(x)), would amplify it."""
+    """x, but 0 with gradient 0 up to 4 eps unit. There x is only the rounding error of a matrix
+    product with terms of size unit, and the gradient of sqrt(x) would amplify it."""
     return torch.where(x <= 4 * torch.finfo(x.dtype).eps * unit, 0.0, x)
 
 
 def polar(x):
-    """x (N, D) -> radius (N, 1) and direction (N, D) of length 1; at the root both are 0."""
+    """x (..., D) -> radius (..., 1) and direction (..., D) of length 1; at the root both are 0."""
     radius = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return radius, x / torch.where(radius == 0, 1.0, radius)
 
 
 def haversine(u, v):
-    """Directions u, v (..., D), row by row -> haversine and sine of their angle, (..., 1) each."""
+    """Directions u, v (..., D), broadcast -> haversine and sine of their angle, (..., 1) each."""
     hav = (u - v).square().sum(-1, keepdim=True) / 4  # sin^2(g / 2)
     rest = (u + v).square().sum(-1, keepdim=True) / 4  # cos^2(g / 2)
     return hav, 2 * safe_sqrt(hav * rest)
@@ -89,7 +91,7 @@ class Geometry:
     cones = True  # does it have entailment cones?
     root_name = "the origin"
 
-    def scalars(self, D):
+    def learned_scalars(self, D):
         """Learned scalars for embeddings of width D: name -> (initial value, lowest, highest)."""
         return {}
 
@@ -110,7 +112,7 @@ class Geometry:
         return torch.zeros_like(embeddings[0])
 
     def distance_to_root(self, x, root=None):
-        """x (N, D) -> |x| (N,). In hyperbolic space, too, that is the distance from the root."""
+        """x (..., D) -> |x|, which is the distance from the root in hyperbolic space, too."""
         return torch.linalg.vector_norm(x, dim=-1)
 
     def project(self, x):
@@ -119,11 +121,11 @@ class Geometry:
 
     def entailment_loss(self, text, image, min_radius=0.1, curv=1.0):
         """The angle by which each image is outside the cone of its text: max(0, exterior angle -
-        half-aperture). text, image (..., D), row by row; min_radius K > 0; curv c > 0 (hyperbolic)
+        half-aperture). text, image (..., D), broadcast; min_radius K > 0; curv c > 0 (hyperbolic)
         -> (...,) in rad, 0 (inside) to pi. Raises ValueError on the sphere. EuCLIP, Figure 1.
         """
         if not self.cones:
-            raise ValueError("a sphere has no cones: the entailment loss needs another geometry")
+            raise ValueError("no cones here: the entailment loss needs another geometry")
         exterior, aperture = self.cone(text, image, min_radius, curv)
         return torch.relu(exterior - aperture).squeeze(-1)
 
@@ -164,7 +166,7 @@ class Sphere(Geometry):
         return embeddings.mean(0)
 
     def distance_to_root(self, x, root=None):
-        """x (N, D), root (D,) -> (1 - cos)/2 (N,) in [0, 1]. Raises ValueError without a root."""
+        """x (..., D), root (D,) -> (1 - cos)/2 in [0, 1]. Raises ValueError without a root."""
         if root is None:
             raise ValueError(f"the sphere needs a root: pass root = {self.root_name}")
         return (1 - F.normalize(x, dim=-1) @ F.normalize(root, dim=-1)) / 2
@@ -184,8 +186,8 @@ class Euclidean(Geometry):
         return features / features.shape[-1] ** 0.5
 
     def similarity(self, x, y, logit=None, curv=1.0):
-        """x (N, D), y (M, D) -> (N, M): -d^2, -d, or the inner product. Scaling all embeddings by t
-        asks for a logit scale smaller by t (distance) or t^2."""
+        """x (N, D), y (M, D) -> (N, M): -d^2, -d, or the inner product. If all embeddings
+        grow by t, the logit scale must shrink by t^2 for the same logits (distance: by t)."""
         logit = self.find_logit(logit)
         if logit == "inner":
             return x @ y.T
@@ -211,7 +213,7 @@ class Hyperbolic(Geometry):
     logits = ("distance", "squared", "inner")
     final_ln = True
 
-    def scalars(self, D):
+    def learned_scalars(self, D):
         return {
             "alpha_img": (-math.log(D) / 2, -math.inf, math.inf),
             "alpha_txt": (-math.log(D) / 2, -math.inf, math.inf),
@@ -223,7 +225,7 @@ class Hyperbolic(Geometry):
         return alpha.exp() * features
 
     def polar(self, x, curv):
-        """Radius sqrt(c) |x| and direction. sinh(a) sinh(b) overflows float32 beyond a + b = 88, so
+        """Radius sqrt(c) |x| and direction. sinh(a) sinh(b) overflows float32 beyond a + b = 90, so
         radii above 40 (float64: 319) count as 40: the loss of embeddings gone wild is finite, but
         there the radius has no gradient, and that of the curvature is wrong."""
         radius, direction = polar(x)
@@ -235,8 +237,7 @@ class Hyperbolic(Geometry):
         logit = self.find_logit(logit)
         a, u = self.polar(x, curv)  # (N, 1), (N, D)
         b, v = self.polar(y, curv)  # (M, 1), (M, D)
-        # sinh((a - b)/2) = (e^(a/2) e^(-b/2) - e^(-a/2) e^(b/2)) / 2: N + M exponentials, not N * M
-        radial = (a / 2).exp() / 2 * (-b / 2).exp().T - (-a / 2).exp() / 2 * (b / 2).exp().T
+        radial = torch.sinh((a - b.T) / 2)  # (N, M)
         sinh_a, sinh_b = torch.sinh(a), torch.sinh(b)
         sinh_ab = sinh_a * sinh_b.T  # (N, M)
         # sinh(a) sinh(b) hav = (sinh(a) sinh(b) - (sinh(a) u).(sinh(b) v)) / 2
@@ -246,8 +247,7 @@ class Hyperbolic(Geometry):
         sinh2 = radial.square() + torch.relu(angular)  # sinh^2(d / 2)
         if logit == "inner":
             return -(1 + 2 * sinh2) / curv  # cosh(d) = 1 + 2 sinh^2(d / 2)
-        # d = 2 asinh(sinh(d / 2)), written with log1p, which is many times faster on a CPU
-        d = torch.log1p(2 * (sinh2 + safe_sqrt(sinh2) * (1 + sinh2).sqrt()))
+        d = 2 * torch.asinh(safe_sqrt(sinh2))
         if logit == "squared":
             return -d.square() / curv
         return -d / curv**0.5

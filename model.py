@@ -17,10 +17,9 @@ import argparse
 import math
 import os
 import re
-import zipfile
-from collections import Counter, OrderedDict
+import warnings
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +44,7 @@ class Config:
     text_width: int
     text_layers: int
     embed_dim: int  # D
-    vocab_size: int = 258  # start token V - 2, end token V - 1, padding 0 after the end
+    vocab_size: int = 258  # V: start token V - 2, end token V - 1, padding 0 after the end
     tokenizer: str = "bytes"  # see data.tokenize
     context_length: int = 77
     vision_heads: int | None = None  # None: width / 64
@@ -54,7 +53,7 @@ class Config:
     logit: str | None = None
     final_ln: bool | None = None  # LayerNorm at the end of both towers
     init_logit_scale: float | None = None  # in log space
-    max_logit_scale: float = 100.0  # CLIP: above this training became unstable
+    max_logit_scale: float = 100.0  # the factor itself. CLIP: above it training became unstable
     quick_gelu: bool = False  # True for OpenAI's own weights
 
     def __post_init__(self):
@@ -66,10 +65,6 @@ class Config:
             self.init_logit_scale = geometry.init_logit_scale(self.logit)
         self.vision_heads = self.vision_heads or self.vision_width // 64
         self.text_heads = self.text_heads or self.text_width // 64
-        for tower in ("vision", "text"):
-            heads, width = getattr(self, f"{tower}_heads"), getattr(self, f"{tower}_width")
-            if heads < 1 or width % heads:
-                raise ValueError(f"{tower}_heads {heads} does not divide the width {width}")
 
 
 def sizes(image_size, patch_size, vision_width, vision_layers, text_width, text_layers, embed_dim):
@@ -97,8 +92,8 @@ def rank():
 
 
 class AllGather(torch.autograd.Function):
-    """Rows of all processes. Backward: a process needs the gradients that all have computed for its
-    rows, summed. (gloo's reduce_scatter sends twice as much as all_to_all.)"""
+    """Rows of all processes. Each process has its own loss of these rows, so the gradient of a row
+    is the sum of what all processes have computed for it."""
 
     @staticmethod
     def forward(ctx, x):  # (N, D)
@@ -110,7 +105,7 @@ class AllGather(torch.autograd.Function):
     def backward(ctx, grad):
         grad = grad.contiguous()
         mine = torch.empty_like(grad)
-        dist.all_to_all_single(mine, grad)
+        dist.all_to_all_single(mine, grad)  # gloo's reduce_scatter sends twice as much
         return mine.unflatten(0, (world_size(), -1)).sum(0)
 
 
@@ -124,27 +119,11 @@ def all_gather(x):
 # the transformer that both towers share
 
 
-class Packing(NamedTuple):
-    """Captions are padded to T tokens; 12 to 20 of 77 are real. So the text tower computes *packed*
-    tokens (R, C), the real ones of all captions in a row. Only attention has to know which belong
-    together: it sees them *padded* (N, T, C), with zeros for the rest. The result is exact, because
-    no token looks at what comes after it."""
-
-    index: torch.Tensor  # (R,), where the packed tokens are in N * T
-    N: int
-    T: int
-
-    def pad(self, x):  # (R, C) -> (N, T, C)
-        x = x.new_zeros(self.N * self.T, x.shape[1]).index_copy(0, self.index, x)
-        return x.unflatten(0, (self.N, self.T))
-
-    def pack(self, x):  # (N, T, C) -> (R, C)
-        return x.flatten(0, 1).index_select(0, self.index)
-
-
 class Attention(nn.Module):
     def __init__(self, width, heads, causal):
         super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"{heads} heads and width {width}? See vision_heads, text_heads")
         self.heads, self.causal = heads, causal
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))  # queries, keys, values
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -153,13 +132,18 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x, packing=None):
-        """x (N, T, C), or packed (R, C) -> the same shape."""
+        """x (N, T, C), or packed (R, C) with packing = index (R,), N, T -> the same shape."""
         x = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        x = packing.pad(x) if packing else x  # (N, T, 3C)
+        if packing:
+            index, N, T = packing
+            x = x.new_zeros(N * T, x.shape[1]).index_copy(0, index, x)
+            x = x.unflatten(0, (N, T))  # (N, T, 3C)
         q, k, v = x.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (N, H, T, C/H) each
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x.transpose(1, 2).flatten(2)  # (N, T, C)
-        return self.out_proj(packing.pack(x) if packing else x)
+        if packing:
+            x = x.flatten(0, 1).index_select(0, index)  # (R, C)
+        return self.out_proj(x)
 
 
 class QuickGELU(nn.Module):
@@ -184,13 +168,14 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width, layers, *block):
+    def __init__(self, width, layers, heads, quick_gelu, causal):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, *block) for _ in range(layers))
+        blocks = (Block(width, heads, quick_gelu, causal) for _ in range(layers))
+        self.resblocks = nn.ModuleList(blocks)
 
     def forward(self, x, pooled, packing=None):
-        """x (N, T, C), or packed (R, C) -> (N, C): of all tokens in a row, those at `pooled` (N,).
-        Only they go through the last MLP."""
+        """x (N, T, C), or packed (R, C) -> (N, C): one token of each sample, whose row among all
+        tokens is in `pooled` (N,). Only these need the last MLP."""
         *blocks, last = self.resblocks
         for block in blocks:
             x = block(x, packing)
@@ -221,20 +206,24 @@ class VisionTransformer(nn.Module):
 
 
 def caption_lengths(tokens, vocab_size):
-    """tokens (N, T) -> (N,): up to and including the first end token. (0 is a word, too.)"""
+    """tokens (N, T) -> (N,), up to and with the first end token. (In CLIP's vocabulary 0 is a word,
+    so counting what is not 0 would be wrong.)"""
     return (tokens == vocab_size - 1).int().argmax(1) + 1
 
 
 def pack_tokens(tokens, vocab_size):
-    """tokens (N, T) -> int64 (R,), the index of a Packing: the real tokens of all captions, then
-    some padding, so that R is a multiple of N. With few different R memory is reused and
-    torch.compile sees few shapes. Called before tokens go to a GPU, which would have to wait."""
+    """tokens (N, T) -> int64 (R,): which of all N * T tokens the text tower computes.
+
+    Captions are padded to T tokens; 12 to 20 of 77 are real. Linear layers see these alone,
+    *packed* in one row (R, C). Attention has to know which belong together and sees them *padded*
+    (N, T, C), with zeros for the rest. The result is exact: no token looks at what comes after it.
+    Some padding fills R up to a multiple of N, so that memory of the same size is needed again and
+    again. Best called on CPU tokens: to count those of a GPU the CPU would have to wait."""
     N, T = tokens.shape
     lengths = caption_lengths(tokens, vocab_size)
     real = (torch.arange(T, device=tokens.device) < lengths[:, None]).flatten()
     R = N * math.ceil(int(real.sum()) / N)  # <= N * T
-    padding = (~real).nonzero().squeeze(1)
-    return torch.cat([real.nonzero().squeeze(1), padding])[:R]
+    return (~real).int().argsort(stable=True)[:R]  # the real ones first
 
 
 # ------------------------------------------------------------------------------------------------
@@ -256,14 +245,14 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(torch.empty(C, c.embed_dim))
         self.init_text_weights(C, c.text_layers)
         self.logit_scale = nn.Parameter(torch.tensor(float(c.init_logit_scale)))  # log space
-        for name, (start, _, _) in self.geometry.scalars(c.embed_dim).items():
+        for name, (start, _, _) in self.geometry.learned_scalars(c.embed_dim).items():
             self.register_parameter(name, nn.Parameter(torch.tensor(start)))
         mean, std = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
         self.register_buffer("image_mean", mean.view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", std.view(3, 1, 1), persistent=False)
 
     def init_text_weights(self, C, layers):
-        """OpenAI's rule. The vision tower keeps PyTorch's defaults, as in open_clip."""
+        """OpenAI's rule. The vision tower's layers keep PyTorch's defaults, as in open_clip."""
         out_std = C**-0.5 * (2 * layers) ** -0.5
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
@@ -275,20 +264,21 @@ class CLIP(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=out_std)
 
     def embed(self, features, alpha):
-        """Features of a tower -> embeddings, in float32 at least."""
+        """Features of a tower, the learned scale if there is one -> embeddings, in float32 at
+        least."""
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(torch.promote_types(features.dtype, torch.float32))
-            return self.geometry.embed(features, getattr(self, alpha, None))
+            return self.geometry.embed(features, alpha)
 
     def encode_image(self, images):
         """images (N, 3, H, W): uint8, or float and already normalised -> embeddings (N, D)."""
         if images.dtype == torch.uint8:
             images = (images.to(self.image_mean) / 255 - self.image_mean) / self.image_std
-        return self.embed(self.visual(images), "alpha_img")
+        return self.embed(self.visual(images), getattr(self, "alpha_img", None))
 
     def encode_text(self, tokens, index=None):
-        """tokens (N, T) int64, T <= context_length, padded after the end token, and what
-        `pack_tokens` gives for them -> embeddings (N, D)."""
+        """tokens (N, T) int64, T <= context_length, padded after the end token; index: what
+        `pack_tokens` gives for them, if that is known -> embeddings (N, D)."""
         N, T = tokens.shape
         if index is None:
             index = pack_tokens(tokens, self.config.vocab_size)
@@ -296,8 +286,9 @@ class CLIP(nn.Module):
         x = self.token_embedding(tokens.flatten().index_select(0, index))  # (R, C)
         x = x + F.embedding(index % T, self.positional_embedding)
         end_tokens = caption_lengths(tokens, self.config.vocab_size).cumsum(0) - 1
-        x = self.transformer(x, end_tokens, Packing(index, N, T))  # (N, C)
-        return self.embed(self.ln_final(x) @ self.text_projection, "alpha_txt")
+        x = self.transformer(x, end_tokens, (index, N, T))  # (N, C)
+        features = self.ln_final(x) @ self.text_projection  # (N, D)
+        return self.embed(features, getattr(self, "alpha_txt", None))
 
     def scalars(self):
         """The learned scalars that the loss needs: logit scale and curvature (2,)."""
@@ -320,11 +311,12 @@ class CLIP(nn.Module):
         loss                       contrastive + entailment_weight * entailment
         contrastive                cross entropy: each image among the texts of all processes, and
                                    each text among the images
-        entailment, in_cone        mean angle (rad) of images outside the cones of their texts;
-                                   fraction of images inside. Not for the sphere
+        entailment, in_cone        mean angle (rad) by which images are outside the cones of their
+                                   texts; fraction of images inside. Only where there are cones
+        logit_scale, curvature     the scalars
         text_radius, image_radius  mean distance from the root
 
-        The mean over processes of `loss` and of its gradients is that of one with all pairs.
+        Averaged over the processes, loss and gradients are those of one process with all pairs.
         """
         geometry, logit, N = self.geometry, self.config.logit, len(image)
         scale, curv = scalars.unbind()
@@ -338,23 +330,22 @@ class CLIP(nn.Module):
             image_loss = F.cross_entropy(image_logits, match)
             text_loss = F.cross_entropy(text_logits, match)
             loss = contrastive = (image_loss + text_loss) / 2
-            out = {"contrastive": contrastive.detach()}
+            log = {"contrastive": contrastive, "logit_scale": scale, "curvature": curv}
             if geometry.cones or entailment_weight > 0:  # with a weight the sphere raises
                 outside = geometry.entailment_loss(text, image, min_radius, curv)  # (N,)
-                out["entailment"] = outside.mean().detach()
-                out["in_cone"] = (outside == 0).float().mean()
+                log["entailment"] = outside.mean()
+                log["in_cone"] = (outside == 0).float().mean()
                 if entailment_weight > 0:
                     loss = contrastive + entailment_weight * outside.mean()
-            root = geometry.root(torch.cat([all_image, all_text])).detach()
-            out["logit_scale"], out["curvature"] = scale.detach(), curv.detach()
-            out["text_radius"] = geometry.distance_to_root(text.detach(), root).mean()
-            out["image_radius"] = geometry.distance_to_root(image.detach(), root).mean()
-        return {"loss": loss, **out}
+            root = geometry.root(torch.cat([all_image, all_text]))
+            log["text_radius"] = geometry.distance_to_root(text, root).mean()
+            log["image_radius"] = geometry.distance_to_root(image, root).mean()
+        return {"loss": loss} | {name: value.detach() for name, value in log.items()}
 
     def bounds(self):
         """Learned scalars -> (lowest, highest). The logit scale has no lowest value."""
         bounds = {"logit_scale": (-math.inf, math.log(self.config.max_logit_scale))}
-        for name, (_, low, high) in self.geometry.scalars(self.config.embed_dim).items():
+        for name, (_, low, high) in self.geometry.learned_scalars(self.config.embed_dim).items():
             bounds[name] = low, high
         return bounds
 
@@ -369,10 +360,10 @@ class CLIP(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # checkpoints: {"state_dict": weights in open_clip's names, "config": ..., and more}
 
-# What a file may hold beside tensors: flags, and numbers of numpy with what unpickles them
-NUMBERS = [type(np.dtype(code)) for code in "?bhilfdBHIL"]
-MAKE_NUMBER = np.float64(0).__reduce__()[0]
-PLAIN_VALUES = [np.dtype, MAKE_NUMBER, argparse.Namespace, *NUMBERS]
+# What a file may hold beside tensors: argparse's flags, and numpy's numbers with their types
+DTYPES = [type(np.dtype(code)) for code in "?bBhHiIlLefd"]  # bool, integers, floats
+UNPICKLE_NUMBER = np.float64(0).__reduce__()[0]
+PLAIN_VALUES = [argparse.Namespace, np.dtype, UNPICKLE_NUMBER, *DTYPES]
 NOT_OURS = {  # the beginning of a parameter's name -> what such a file is
     "visual.layer1": "a ResNet; only Vision Transformers are read",
     "vision_model": "in Hugging Face's layout; convert it to open_clip's",
@@ -385,83 +376,77 @@ HEADS_64 = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024)  # widths with 64 
 def load_checkpoint(path):
     """A file of tensors and plain values -> dict. Its code is never run. Raises ValueError."""
     try:
-        size = os.path.getsize(path)
-        script = zipfile.is_zipfile(path) and "/code/" in str(zipfile.ZipFile(path).namelist())
-        with torch.serialization.safe_globals(PLAIN_VALUES):
-            checkpoint = script or torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(PLAIN_VALUES), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about TorchScript, which is refused below
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"cannot read checkpoint {path}: {error.strerror}") from None
-    except Exception:  # damaged files raise nearly anything
-        raise ValueError(f"{path} ({size:,} bytes) is no checkpoint of tensors and plain values, "
-                         "as train.py and open_clip write them") from None  # fmt: skip
-    if script:
-        raise ValueError(f"{path} is a TorchScript archive, which is a program. Convert it once:\n"
-                         f"    model = torch.jit.load({str(path)!r}, map_location='cpu')\n"
-                         "    torch.save(model.state_dict(), 'weights.pt')")  # fmt: skip
+    except Exception as error:  # damaged files raise nearly anything
+        message = (f"{path} ({os.path.getsize(path):,} bytes) is no checkpoint of tensors and "
+                   "plain values, as train.py and open_clip write them")  # fmt: skip
+        if "TorchScript" in str(error):
+            message = (f"{path} is a TorchScript archive, which is a program. Convert it once:\n"
+                       f"    model = torch.jit.load({str(path)!r}, map_location='cpu')\n"
+                       "    torch.save(model.state_dict(), 'weights.pt')")  # fmt: skip
+        raise ValueError(message) from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
 
 
-def find_weights(path, checkpoint):
-    """-> {name: tensor}, without prefixes of wrappers."""
-    weights = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(weights, dict) or isinstance(weights.get("model"), dict):
-        keys = ", ".join(map(str, checkpoint))
-        raise ValueError(f"{path} has no weights under 'state_dict', only {keys}")
-    names = {name: re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)) for name in weights}
-    for beginning, what in NOT_OURS.items():
-        if any(name.startswith(beginning) for name in names.values()):
-            raise ValueError(f"{path} is {what}")
-    return {new: weights[old] for old, new in names.items() if new not in NOT_WEIGHTS}
-
-
 def load_model(path, **overrides):
-    """Checkpoint -> CLIP in eval mode, on the CPU. The flags of its training are its .train_config.
-    The shapes in open_clip's files say all sizes. What they do not say can be given: geometry,
-    logit, tokenizer, quick_gelu, vision_heads, text_heads. Raises ValueError."""
+    """Checkpoint -> CLIP in eval mode, on the CPU, and its train_config. Raises ValueError.
+
+    Our files say all that the model is. In open_clip's the shapes of the weights give the sizes;
+    these can be given: geometry, logit, tokenizer, quick_gelu, vision_heads, text_heads."""
     checkpoint = load_checkpoint(path)
-    weights = find_weights(path, checkpoint)
-    overrides = {k: v for k, v in overrides.items() if v is not None}
-    if "train_config" in checkpoint:  # ours
-        config = Config(**checkpoint["config"])
-        for key, value in overrides.items():
-            if getattr(config, key) != value:
-                raise ValueError(f"{path} has {key} {getattr(config, key)!r}, not {value!r}")
-    else:
-        config = infer_config(path, weights, **overrides)
+    weights = checkpoint.get("state_dict")
+    weights = weights if isinstance(weights, dict) else checkpoint
+    names = {name: re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)) for name in weights}
+    weights = {new: weights[old] for old, new in names.items() if new not in NOT_WEIGHTS}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    ours = {"config", "train_config"} <= checkpoint.keys()
+    config = Config(**checkpoint["config"]) if ours else infer_config(path, weights, **overrides)
+    for name, value in overrides.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"{path} has {name} {getattr(config, name)!r}, not {value!r}")
     model = CLIP(config)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # it lists missing, unexpected and misshapen parameters
         raise ValueError(f"{path}: {' '.join(str(error).split())[:600]}") from None
     model.clamp_scalars()  # the authors clamp the curvature when they read it
-    model.train_config = checkpoint.get("train_config", {})
+    model.train_config = checkpoint["train_config"] if ours else {}
     return model.eval()
 
 
 def infer_config(path, weights, geometry=None, tokenizer="clip", **overrides):
     """Weights in open_clip's names -> Config."""
+    for beginning, what in NOT_OURS.items():
+        if any(name.startswith(beginning) for name in weights):
+            raise ValueError(f"{path} is {what}")
+    try:
+        vision_width = len(weights["visual.transformer.resblocks.0.ln_1.weight"])
+        text_width = len(weights["transformer.resblocks.0.ln_1.weight"])
+        patch_size = weights["visual.conv1.weight"].shape[3]
+        grid = math.isqrt(len(weights["visual.positional_embedding"]) - 1)
+        vocab_size = len(weights["token_embedding.weight"])
+        context_length = len(weights["positional_embedding"])
+        embed_dim = weights["visual.proj"].shape[1]
+    except (LookupError, ValueError, TypeError, AttributeError):
+        found = ", ".join(list(weights)[:4])
+        raise ValueError(f"{path} has no ViT CLIP in open_clip's layout, but {found}") from None
+    blocks = [name for name in weights if name.endswith(".ln_1.weight")]
+    vision_layers = sum(name.startswith("visual.") for name in blocks)
+    text_layers = len(blocks) - vision_layers
     geometry = geometry or ("hyperbolic" if "curvature" in weights else None)
     if geometry is None:
         raise ValueError(f"{path} does not say its geometry; give --geometry clip or euclidean")
-    try:
-        vision_width, _, patch_size, _ = weights["visual.conv1.weight"].shape
-        grid = math.isqrt(len(weights["visual.positional_embedding"]) - 1)
-        vocab_size, text_width = weights["token_embedding.weight"].shape
-        context_length = len(weights["positional_embedding"])
-        embed_dim = weights["visual.proj"].shape[1]
-        blocks = Counter(name.split("transformer.")[0] for name in weights if "ln_1.weight" in name)
-        towers = (vision_width, blocks["visual."], text_width, blocks[""])
-        if 0 in towers:
-            raise KeyError("resblocks")
-    except (KeyError, ValueError, AttributeError, IndexError, TypeError):
-        raise ValueError(f"{path} has no ViT CLIP in open_clip's layout") from None
     for tower, width in (("vision", vision_width), ("text", text_width)):
         if f"{tower}_heads" not in overrides and width not in HEADS_64:
             raise ValueError(f"{path}: how many heads has width {width}? Give --{tower}_heads")
     return Config(
-        **sizes(grid * patch_size, patch_size, *towers, embed_dim),
-        vocab_size=vocab_size, context_length=context_length, geometry=geometry,
+        grid * patch_size, patch_size, vision_width, vision_layers, text_width, text_layers,
+        embed_dim, vocab_size=vocab_size, context_length=context_length, geometry=geometry,
         tokenizer=tokenizer, final_ln="ln_final.weight" in weights, **overrides,
     )  # fmt: skip

@@ -195,10 +195,10 @@ def test_each_geometry_starts_as_in_the_paper():
     for name, logit in LOGITS:
         scales = [GEOMETRIES[name].init_logit_scale(logit, cones) for cones in (False, True)]
         assert scales == [0, -1] if logit == "squared" else [math.log(1 / 0.07)] * 2
-    bends = GEOMETRIES["hyperbolic"].scalars(16)
+    bends = GEOMETRIES["hyperbolic"].learned_scalars(16)
     assert bends["curvature"] == (0, math.log(0.1), math.log(10))
     assert bends["alpha_img"] == bends["alpha_txt"] == (-math.log(4), -math.inf, math.inf)
-    assert GEOMETRIES["clip"].scalars(16) == GEOMETRIES["euclidean"].scalars(16) == {}
+    assert GEOMETRIES["clip"].learned_scalars(16) == GEOMETRIES["euclidean"].learned_scalars(16) == {}
 
 
 def test_unknown_names_and_cones_of_a_sphere_are_refused():
@@ -354,7 +354,7 @@ class Manhattan(geometry.Geometry):
     final_ln = True
     cones = False
 
-    def scalars(self, D):
+    def learned_scalars(self, D):
         return {"alpha_txt": (0.5, -1.0, 1.0)}
 
     def embed(self, features, alpha=None):
