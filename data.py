@@ -7,8 +7,8 @@ A data source is one string:
     pairs.csv, pairs.tsv         columns `filepath` and `title`
     a folder                     pictures, each with its caption in a .txt of the same name
 
-Every source is a list: sample i can be read without the ones before it. The batch of step s is a
-function of (seed, s) alone, whatever the number of processes and of loading workers, so to resume
+Sample i can be read, or drawn, without the ones before it. So the batch of step s depends on the
+data, the seed and s alone, whatever the number of processes and of loading workers, and to resume
 a run is to go on counting. A sample that cannot be used is replaced by another one and counted.
 
 Axes: N samples, T tokens, H, W pixels.
@@ -40,7 +40,7 @@ import tiktoken
 import tiktoken.load
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, get_worker_info
 
 # ------------------------------------------------------------------------------------------------
 # tokens. In every vocabulary of size V: start V - 2, end V - 1, padding 0 after the end
@@ -61,19 +61,16 @@ def clip_encoding():
     bytes, so here the mark is one more byte, a newline, and the word is "cat\\n". Its first merges
     (every byte with the newline) give back CLIP's marked letters. All later ones are CLIP's own."""
     raw = gzip.decompress(tiktoken.load.read_file_cached(CLIP_VOCABULARY, CLIP_SHA256))
-    merges = raw.decode().split("\n")[1:48_895]
+    merges = raw.decode().split("\n")[1:48_895]  # a version line first; CLIP uses 48,894
     # CLIP spells a printable byte as itself, the others as chr(256), chr(257), ...
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-    def spell(token):
-        letters = bytes(byte_of[c] for c in token.removesuffix("</w>"))
-        return letters + b"\n" if token.endswith("</w>") else letters
-
+    byte_of = {256 + i: b for i, b in enumerate(others)}
     tokens = [bytes([b]) for b in printable + others]
     tokens += [token + b"\n" for token in tokens]
-    tokens += [b"".join(map(spell, merge.split())) for merge in merges]
+    for merge in merges:
+        token = merge.replace("</w>", "\n").replace(" ", "").translate(byte_of)
+        tokens.append(token.encode("latin-1"))
     ranks = {token: i for i, token in enumerate(tokens)}
     return tiktoken.Encoding("clip", pat_str=r"[^\n]+\n", mergeable_ranks=ranks, special_tokens={})
 
@@ -86,11 +83,11 @@ def clip_ids(text):
 @lru_cache
 def find_tokenizer(name):
     """bytes, clip, or a name that tiktoken knows -> (text to ids, V). Raises ValueError."""
+    names = ["bytes", "clip", *tiktoken.list_encoding_names()]
+    if name not in names:
+        raise ValueError(f"no tokenizer {name!r}; choose one of {', '.join(names)}")
     if name == "bytes":
         return lambda text: list(text.encode("utf-8", errors="replace")), 256 + 2
-    if name not in ("clip", *tiktoken.list_encoding_names()):
-        names = ", ".join(["bytes", "clip", *tiktoken.list_encoding_names()])
-        raise ValueError(f"no tokenizer {name!r}; choose one of {names}")
     try:
         encoding = clip_encoding() if name == "clip" else tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # among them those of a download
@@ -106,11 +103,6 @@ def vocab_size(tokenizer):
     return find_tokenizer(tokenizer)[1]
 
 
-def clean_text(text):
-    """As CLIP cleans: no HTML escapes (often there are two layers), single spaces."""
-    return " ".join(html.unescape(html.unescape(text)).split())
-
-
 def tokenize(texts, tokenizer, context_length=77):
     """Any string, or N of them -> int64 (N, context_length): start, ids, end, zeros. Long ones are
     cut; the end token stays. Unlike CLIP's own tokenizer this does not repair encodings."""
@@ -118,7 +110,8 @@ def tokenize(texts, tokenizer, context_length=77):
     texts = [texts] if isinstance(texts, str) else texts
     tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
     for row, text in zip(tokens, texts):
-        ids = encode(clean_text(text))[: context_length - 2]
+        text = " ".join(html.unescape(html.unescape(text)).split())  # as CLIP cleans
+        ids = encode(text)[: context_length - 2]
         row[: len(ids) + 2] = torch.tensor([V - 2, *ids, V - 1])
     return tokens
 
@@ -126,7 +119,7 @@ def tokenize(texts, tokenizer, context_length=77):
 # ------------------------------------------------------------------------------------------------
 # pictures
 
-Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses twice as many: a decompression bomb
+Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses more than twice as many: a bomb
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start another program
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -151,7 +144,7 @@ def to_rgb(image):
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image, dtype=np.float64)
-        top = 65535 if grey.max() > 255 else 255
+        top = 65535 if grey.max() > 255 else 255  # or 8-bit numbers in a wider type
         image = Image.fromarray((grey.clip(0, top) * (255 / top)).astype(np.uint8))
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -180,7 +173,8 @@ def load_image(path, size):
 
 
 def random_box(w, h, scale, rng):
-    """RandomResizedCrop's rectangle: area `scale` to 1 of the picture, aspect ratio 3/4 to 4/3."""
+    """RandomResizedCrop's rectangle: area `scale` to 1 of the picture, aspect ratio 3/4 to 4/3. Of
+    a strip, where that is impossible, the largest one in the middle with such a ratio."""
     for _ in range(10):
         area = w * h * rng.uniform(scale, 1)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -189,18 +183,18 @@ def random_box(w, h, scale, rng):
             left, top = rng.randint(0, w - box_w), rng.randint(0, h - box_h)
             return left, top, left + box_w, top + box_h
     x, y = max(0, w - round(h * 4 / 3)) // 2, max(0, h - round(w * 4 / 3)) // 2
-    return x, y, w - x, h - y  # a strip: the largest rectangle that is allowed, centred
+    return x, y, w - x, h - y
 
 
 def load_training_crop(item, size, scale, rng):
-    """A random rectangle of the picture, made square -> uint8 (3, size, size). A JPEG is decoded at
-    half, quarter or eighth size (`draft`) where that is enough, which is faster."""
+    """A random rectangle of the picture, stretched to a square -> uint8 (3, size, size). A JPEG is
+    decoded at half, quarter or eighth size (`draft`) where that is enough, which is faster."""
     image = open_image(item)
     turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF orientation: on its side
     w, h = image.size[::-1] if turned else image.size
     left, top, right, bottom = random_box(w, h, scale, rng)
-    enough = math.ceil(w * size / (right - left)), math.ceil(h * size / (bottom - top))
-    image.draft(None, enough[::-1] if turned else enough)
+    shrink = min(right - left, bottom - top) / size
+    image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
     image = to_rgb(image)
     x, y = image.width / w, image.height / h
     box = (left * x, top * y, right * x, bottom * y)
@@ -208,7 +202,7 @@ def load_training_crop(item, size, scale, rng):
 
 
 # ------------------------------------------------------------------------------------------------
-# shapes: a world with a hierarchy. Integers and random.random() only: all machines draw the same
+# shapes: a world with a hierarchy. With the same Pillow all machines draw the same
 
 COLOURS = {"red": (240, 50, 50), "orange": (255, 140, 20), "yellow": (250, 220, 40),
            "green": (60, 200, 80), "cyan": (60, 210, 220), "blue": (70, 110, 255),
@@ -244,25 +238,26 @@ def is_held_out(scene):
 
 def random_scene(rng, two):
     """-> indices (first object, relation, second object), the last two None for one object."""
-    while True:
-        first = int(rng.random() * 96)
-        if not two:
-            return first, None, None
-        scene = first, int(rng.random() * 4), int(rng.random() * 96)
-        if not is_held_out(scene):
-            return scene
+    first = int(rng.random() * 96)
+    if not two:
+        return first, None, None
+    scene = first, int(rng.random() * 4), int(rng.random() * 96)
+    return random_scene(rng, two) if is_held_out(scene) else scene
 
 
 def describe(scene, level, rng=None):
-    """A caption of a scene at a level of generality, from 0 ("a shape") to 4: see LEVELS."""
+    """A caption of a scene, from the most general level, 0, to the most specific: see LEVELS."""
     first, relation, second = scene
     size, colour, kind = OBJECTS[first]
+    if level == 0:
+        return "a shape"
     if level == 1:
         return f"something {colour}" if rng.random() < 0.5 else f"a {kind}"
-    if level < 4:
-        return ("a shape", None, f"a {colour} {kind}", f"a {size} {colour} {kind}")[level]
-    other = " ".join(OBJECTS[second])
-    return f"a {size} {colour} {kind} {list(RELATIONS)[relation]} a {other}"
+    if level == 2:
+        return f"a {colour} {kind}"
+    if level == 3:
+        return f"a {size} {colour} {kind}"
+    return f"a {size} {colour} {kind} {list(RELATIONS)[relation]} a {' '.join(OBJECTS[second])}"
 
 
 def draw(scene, rng, size):
@@ -271,19 +266,18 @@ def draw(scene, rng, size):
     def vary(middle, spread):
         return int(middle + (2 * rng.random() - 1) * spread)
 
-    grey = vary(30, 20)  # on light backgrounds a small ViT would need several times the pictures
+    grey = vary(30, 20)  # on backgrounds of any grey a small ViT would need several times as many
     canvas = Image.new("RGB", (2 * size, 2 * size), (grey, grey, vary(grey, 12)))
     pen = ImageDraw.Draw(canvas)
     first, relation, second = scene
     dx, dy = (0, 0) if second is None else list(RELATIONS.values())[relation]
-    for index, side in ((first, 1), (second, -1)):  # two objects are on opposite sides
-        if index is None:
-            break
+    objects = [(first, 1)] if second is None else [(first, 1), (second, -1)]
+    for index, side in objects:  # two objects are on opposite sides
         object_size, colour, kind = OBJECTS[index]
         low, high = SIZES[object_size]
-        r = vary((low + high) / 2, (high - low) / 2)
-        x, y = side * dx * 520 + vary(0, 60), side * dy * 520 + vary(0, 60)
-        x, y, r = (1000 + x) * size // 1000, (1000 + y) * size // 1000, r * size // 1000
+        r = vary((low + high) / 2, (high - low) / 2) * size // 1000
+        x = (1000 + side * dx * 520 + vary(0, 60)) * size // 1000
+        y = (1000 + side * dy * 520 + vary(0, 60)) * size // 1000
         fill = tuple(min(255, max(0, vary(c, 18))) for c in COLOURS[colour])
         box = (x - r, y - r, x + r, y + r)
         if kind == "circle":
@@ -291,7 +285,7 @@ def draw(scene, rng, size):
         elif kind == "ring":
             pen.ellipse(box, outline=fill, width=max(1, r * 2 // 5))
         else:
-            corners = [(x + dx * r // 1000, y + dy * r // 1000) for dx, dy in POLYGONS[kind]]
+            corners = [(x + a * r // 1000, y + b * r // 1000) for a, b in POLYGONS[kind]]
             pen.polygon(corners, fill)
     return canvas.reduce(2)
 
@@ -300,14 +294,15 @@ def draw_sample(rng, size):
     """-> uint8 (3, size, size), caption. Of the pictures 30 % show two objects."""
     two = rng.random() < 0.3
     scene, at = random_scene(rng, two), rng.random()
-    fractions = (0.03, 0.08, 0.25, 0.45, 1.0) if two else (0.03, 0.10, 0.40, 1.0)  # cumulative
-    level = next(i for i, fraction in enumerate(fractions) if at < fraction)
+    bounds = (0.03, 0.08, 0.25, 0.45) if two else (0.03, 0.10, 0.40)  # level 0 below the first
+    level = sum(at >= bound for bound in bounds)
     return to_tensor(draw(scene, rng, size)), describe(scene, level, rng)
 
 
 @lru_cache
 def held_out_scenes():
-    """HELD_OUT scenes of one object, then as many of two, of which training never draws one."""
+    """HELD_OUT scenes of one object, then HELD_OUT of two objects, none of which is ever drawn in
+    training."""
     rng = random.Random("held out")
     ones = [(i % 96, None, None) for i in range(HELD_OUT)]
     twos = itertools.product(range(96), range(4), range(96))
@@ -377,7 +372,7 @@ class BadCaption(ValueError):
 
 def clean_captions(captions):
     """A string or a list of them -> list of those that are not empty: no NUL, at most 10,000
-    characters each. Raises BadCaption for all else."""
+    characters each. Raises BadCaption if none is left, or if one is no string."""
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
         raise BadCaption("caption broken")
@@ -388,120 +383,96 @@ def clean_captions(captions):
     return captions
 
 
-def txt_captions(raw):
-    """Bytes of a .txt -> captions, one a line."""
-    return raw.decode("utf-8-sig", errors="replace").replace("\r", "\n").split("\n")
-
-
-def json_captions(raw):
-    """Bytes of a .json -> what it has under `caption`, a string or a list, or None."""
-    try:
-        return json.loads(raw.decode("utf-8-sig", errors="replace"))["caption"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
+def parse_captions(raw, in_json=False):
+    """Bytes of a .txt, a caption a line, or of a .json -> what `clean_captions` takes, or None."""
+    text = raw.decode("utf-8-sig", errors="replace")
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
+        return json.loads(text)["caption"] if in_json else text.splitlines()
 
 
 # ------------------------------------------------------------------------------------------------
-# Sources: len(source) samples; source.read(i) -> (what `open_image` takes, its captions), or raises
-# what `skip_reason` names; source.left_out counts what is no sample at all
+# sources: lists of samples. A sample is what `open_image` takes, and its captions; a sample that
+# cannot be read raises an error, which `skip_reason` names
 
 
 def read_csv(path):
     """-> [(picture, caption)]. In a file with tabs, quotation marks are letters like any other."""
     text = read_text(path)
-    tabs = "\t" in text.partition("\n")[0]
+    tabs = "\t" in "".join(text.splitlines()[:1])
     how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
     rows = csv.reader(io.StringIO(text, newline=""), skipinitialspace=not tabs, **how)
+    # a field with a later line that names a picture: its quotation mark swallowed other rows
     swallowed = re.compile(r"[\r\n].*\.(jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
     pairs = []
     try:
         header = [name.strip() for name in next(rows, [])]
         if not {"filepath", "title"} <= set(header):
             raise ValueError(f"columns {', '.join(header) or 'none'}; wanted filepath and title")
-        for row in filter(None, rows):  # blank lines are none
+        for row in filter(None, rows):  # a blank line gives []
             if len(row) > len(header) or any(map(swallowed.search, row)):
                 raise ValueError("more fields than columns, or a quotation mark that never closes")
             row = dict(zip(header, row))
             pairs.append((row.get("filepath", "").strip(), row.get("title", "")))
     except (csv.Error, ValueError) as error:
         raise ValueError(f"{path}, line {rows.line_num}: {error}") from None
-    here = any(os.path.exists(name) for name, _ in pairs[:100])  # else relative to the list
+    # names are relative to the current folder if one of the first is there, else to the list
+    here = any(os.path.exists(name) for name, _ in pairs[:100])
     base = "" if here else os.path.dirname(path)
     return [(os.path.join(base, name), caption) for name, caption in pairs]
 
 
-def read_folder(folder, left_out):
-    """-> [(picture, captions)]. The Counter left_out gets the other files."""
+def read_folder(folder):
+    """-> [(picture, captions)], a Counter of the files that were left out."""
     pictures, others = list_pictures(folder)
-    if others[".tar"]:
+    if others.pop(".tar", 0):
         raise ValueError(f"{folder} holds tar shards: give '{os.path.join(folder, '*.tar')}'")
-    left_out.update({f"{ext or 'other'} file": n for ext, n in others.items() if ext != ".txt"})
-    pairs = []
+    others.pop(".txt", 0)
+    pairs, left_out = [], Counter({f"{ext or 'other'} file": n for ext, n in others.items()})
     for picture in pictures:
-        texts = [Path(picture).with_suffix(ext) for ext in (".txt", ".TXT")]
-        texts = [text for text in texts if text.exists()]
-        pairs.append((picture, txt_captions(texts[0].read_bytes()) if texts else []))
-    return pairs
-
-
-class PairList:
-    """A .csv or .tsv, or a folder."""
-
-    def __init__(self, source):
-        self.pairs, self.left_out = [], Counter()
-        folder = os.path.isdir(source)
-        pairs = read_folder(source, self.left_out) if folder else read_csv(source)
-        for picture, captions in pairs:
-            try:
-                self.pairs.append((picture, clean_captions(captions)))
-            except BadCaption as error:
-                self.left_out[str(error)] += 1
-        if not self.pairs:
-            raise ValueError(f"{os.path.abspath(source)} holds no picture with a caption")
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def read(self, i):
-        return self.pairs[i]
+        text = Path(picture).with_suffix(".txt")
+        text = text if text.exists() else text.with_suffix(".TXT")
+        if text.exists():
+            pairs.append((picture, parse_captions(text.read_bytes())))
+        else:
+            left_out["no caption"] += 1
+    return pairs, left_out
 
 
 def expand_braces(pattern):
-    """As the shell does: {a,b}, {000..011}, nested ones."""
+    """{a,b}, {000..011} and nested ones, as the shell expands them."""
     match = re.search(r"\{([^{}]*,[^{}]*|\d+\.\.\d+)\}", pattern)
     if not match:
         return [pattern]
     items = match[1].split(",")
     if len(items) == 1:
-        first, last = bounds = match[1].split("..")
-        padded = any(len(bound) > 1 and bound.startswith("0") for bound in bounds)
-        width, step = max(map(len, bounds)) if padded else 0, 1 if int(first) <= int(last) else -1
+        first, last = match[1].split("..")
+        padded = any(len(bound) > 1 and bound.startswith("0") for bound in (first, last))
+        width = max(len(first), len(last)) if padded else 0
+        step = 1 if int(first) <= int(last) else -1
         items = [str(i).zfill(width) for i in range(int(first), int(last) + step, step)]
     before, after = pattern[: match.start()], pattern[match.end() :]
     expanded = itertools.chain.from_iterable(expand_braces(before + i + after) for i in items)
-    return list(dict.fromkeys(expanded))
+    return list(dict.fromkeys(expanded))  # of nested braces some come out more than once
 
 
 def expand_shards(source):
     """'a/{000..009}.tar', globs, several joined by :: -> list of files. Raises ValueError for any
     that is not there. A name that exists is taken as it is."""
-    shards = []
-    for pattern in [source] if os.path.exists(source) else source.split("::"):
-        for name in [pattern] if os.path.exists(pattern) else expand_braces(pattern):
-            found = [name] if os.path.exists(name) else sorted(glob.glob(name))
-            if not found or not all(map(os.path.isfile, found)):
-                what = "not a file:" if found else "no file or folder matches"
-                raise ValueError(f"{what} {os.path.abspath(name)}")
-            shards += found
-    return shards
+    if os.path.isfile(source):
+        return [source]
+    if not os.path.exists(source):
+        for parts in (source.split("::"), expand_braces(source), sorted(glob.glob(source))):
+            if parts not in ([], [source]):
+                return list(itertools.chain.from_iterable(map(expand_shards, parts)))
+    raise ValueError(f"no file {os.path.abspath(source)}")
 
 
 def scan_shard(path):
     """Headers of a tar -> {name: (offset, size)}, broken links, the byte after which it is damaged
-    or -1. Python's tarfile ends silently at most kinds of damage, so the end is looked at:
-    an undamaged archive closes with zeros and nothing else."""
+    or -1. Python's tarfile ends silently at most kinds of damage, so what follows the last member
+    is looked at: zeros, if the archive is undamaged."""
     members, links, end, total, damaged = {}, {}, 0, os.path.getsize(path), True
-    try:
+    with suppress(Exception):  # tarfile raises nearly anything on noise
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 name = os.path.normpath(member.name)
@@ -510,11 +481,9 @@ def scan_shard(path):
                     links[name] = os.path.normpath(os.path.join(folder, member.linkname))
                 elif member.isfile() and member.offset_data + member.size <= total:
                     members.setdefault(name, (member.offset_data, member.size))
-                end = min(total, member.offset_data + math.ceil(member.size / 512) * 512)
+                end = min(total, tar.offset)  # where the next header begins
         rest = read_slice(path, end, 2**20)
-        damaged = len(rest) < 512 or bool(rest.strip(b"\0"))
-    except Exception:  # tarfile raises nearly anything on noise
-        pass
+        damaged = len(rest) < 512 or any(rest)
     members |= {name: members[target] for name, target in links.items() if target in members}
     return members, sum(name not in members for name in links), end if damaged else -1
 
@@ -540,11 +509,10 @@ def make_index(path):
 
 
 def index_shard(path):
-    """What `make_index` gives in a second for 10,000 samples, kept beside the shard (in ~/.cache
-    where that cannot be written), and made anew when the shard has changed."""
-    stat, name = os.stat(path), hashlib.sha1(os.fsencode(os.path.abspath(path))).hexdigest()
-    cache = Path(os.path.expanduser("~/.cache/nanoeuclip"))
-    files = Path(f"{path}.index.npy"), cache / f"{name}.npy"
+    """What `make_index` gives, kept beside the shard (in ~/.cache where that cannot be written),
+    and made anew when the shard has changed."""
+    stat, cache = os.stat(path), os.path.expanduser("~/.cache/nanoeuclip")
+    files = [Path(f"{folder}{os.path.abspath(path)}.index.npy") for folder in ("", cache)]
     for file in files:
         with suppress(Exception):  # none yet, or cut off, or something else
             index = np.load(file)
@@ -562,54 +530,59 @@ def index_shard(path):
     return index
 
 
-load_index = lru_cache(64)(index_shard)  # in a loading process: of the shards it is reading from
+load_index = lru_cache(64)(index_shard)  # each process keeps those of the last 64 shards
 
 
-def summarize_shard(path):
-    index = index_shard(path)
-    return len(index) - 1, index[0].tolist()
+class Shard:
+    """A tar shard as a list of samples."""
 
-
-class Shards:
-    """Tar shards as img2dataset and webdataset write them."""
-
-    def __init__(self, source, verbose=True):
-        self.paths, self.left_out, counts = expand_shards(source), Counter(), []
-        with ProcessPoolExecutor(min(len(self.paths), os.cpu_count())) as pool:
-            for path, summary in zip(self.paths, pool.map(summarize_shard, self.paths)):
-                count, (size, _, damage, incomplete, broken_links) = summary
-                counts.append(count)
-                self.left_out += Counter({"incomplete sample": incomplete, "link": broken_links})
-                if damage >= 0:
-                    self.left_out["damaged shard"] += 1
-                    if verbose:
-                        print(f"warning: shard {path} is damaged after byte {damage:,} of {size:,}")
-                if verbose and len(counts) % 100 == 0:
-                    print(f"{len(counts):,} of {len(self.paths):,} shards indexed", flush=True)
-        self.ends = np.cumsum(counts)  # shard s has the samples from ends[s - 1] to ends[s] - 1
-        if len(self) == 0:
-            seen = dict(Counter(os.path.splitext(name)[1] for name in scan_shard(self.paths[0])[0]))
-            wanted = f"{' '.join(PICTURES)} with .txt or .json (key `caption`)"
-            raise ValueError(f"no sample in {source}; {self.paths[0]} has {seen}; wanted {wanted}")
+    def __init__(self, path):
+        index = index_shard(path)
+        self.path, self.count, self.header = path, len(index) - 1, index[0].tolist()
 
     def __len__(self):
-        return int(self.ends[-1])
+        return self.count
 
-    def read(self, i):
-        shard = int(np.searchsorted(self.ends, i, side="right"))
-        path, index = self.paths[shard], load_index(self.paths[shard])
-        *places, in_json = index[i - self.ends[shard] + len(index)].tolist()
-        raw = read_slice(path, *places[2:])
-        captions = json_captions(raw) if in_json else txt_captions(raw)
-        return (path, *places[:2]), clean_captions(captions)
+    def __getitem__(self, i):
+        offset, size, text_offset, text_size, in_json = load_index(self.path)[1 + i].tolist()
+        captions = parse_captions(read_slice(self.path, text_offset, text_size), in_json)
+        return (self.path, offset, size), captions
+
+
+def open_shards(source, verbose):
+    """Tar shards -> their samples, a Counter of what was left out."""
+    paths, shards, left_out = expand_shards(source), [], Counter()
+    with ProcessPoolExecutor(min(len(paths), os.cpu_count())) as pool:
+        for shard in pool.map(Shard, paths):
+            size, _, damage, incomplete, broken_links = shard.header
+            left_out += Counter({"incomplete sample": incomplete, "link": broken_links})
+            left_out += Counter({"damaged shard": int(damage >= 0)})
+            if verbose and damage >= 0:
+                print(f"warning: shard {shard.path} is damaged after byte {damage:,} of {size:,}")
+            shards.append(shard)
+            if verbose and len(shards) % 100 == 0:
+                print(f"{len(shards):,} of {len(paths):,} shards indexed", flush=True)
+    samples = ConcatDataset(shards)
+    if len(samples) == 0:
+        seen = dict(Counter(os.path.splitext(name)[1] for name in scan_shard(paths[0])[0]))
+        wanted = f"{' '.join(PICTURES)} with .txt or .json (key `caption`)"
+        raise ValueError(f"no sample in {source}; {paths[0]} has {seen}; wanted {wanted}")
+    return samples, left_out
 
 
 def open_source(source, verbose=True):
-    """-> PairList or Shards; None for shapes. Raises ValueError."""
+    """-> samples (None for shapes), a Counter of what was left out. Raises ValueError."""
     if source == "shapes":
-        return None
-    is_list = source.lower().endswith((".csv", ".tsv")) and os.path.isfile(source)
-    return PairList(source) if is_list or os.path.isdir(source) else Shards(source, verbose)
+        return None, Counter()
+    if os.path.isdir(source):
+        samples, left_out = read_folder(source)
+    elif source.lower().endswith((".csv", ".tsv")) and os.path.isfile(source):
+        samples, left_out = read_csv(source), Counter()
+    else:
+        return open_shards(source, verbose)
+    if not samples:
+        raise ValueError(f"{os.path.abspath(source)} holds no picture with a caption")
+    return samples, left_out
 
 
 def held_out_pairs(source, verbose=True):
@@ -618,21 +591,22 @@ def held_out_pairs(source, verbose=True):
     if source == "shapes":
         items = list(range(HELD_OUT, 2 * HELD_OUT))
         return items, [describe(held_out_scenes()[i], 4) for i in items], range(HELD_OUT), Counter()
-    source = open_source(source, verbose)
-    captions_of, left_out = {}, Counter(source.left_out)
-    for i in range(len(source)):
+    captions_of, (samples, left_out) = {}, open_source(source, verbose)
+    for i in range(len(samples)):
         try:
-            item, captions = source.read(i)
-            captions_of.setdefault(item, []).extend(captions)
+            item, captions = samples[i]
+            captions_of[item] = captions_of.get(item, []) + clean_captions(captions)
         except (BadCaption, OSError) as error:
             left_out[skip_reason(error)] += 1
+    if not captions_of:
+        raise ValueError(f"{source} holds no picture with a caption; left out: {dict(left_out)}")
     image_of_caption = [i for i, texts in enumerate(captions_of.values()) for _ in texts]
     captions = list(itertools.chain.from_iterable(captions_of.values()))
     return list(captions_of), captions, image_of_caption, left_out
 
 
 # ------------------------------------------------------------------------------------------------
-# the training stream: the batch of step s is a function of (seed, s) alone
+# the training stream
 
 
 @lru_cache(16)
@@ -647,12 +621,16 @@ def shuffled(number, count, seed, block=2**16):
     epoch, i = divmod(number, count)
     b, i = divmod(i, block)
     if b < count // block:
-        b = int(permutation(count // block, seed, epoch)[b])
+        b = int(permutation(count // block, seed, epoch)[b])  # the block that comes b-th
     size = min(block, count - b * block)
     return b * block + int(permutation(size, seed, epoch, b)[i])
 
 
+REASONS = ("no caption", "caption broken", "picture broken", "picture too large", "file missing")
+
+
 def skip_reason(error):
+    """One of REASONS."""
     if isinstance(error, BadCaption):
         return str(error)
     if isinstance(error, Image.DecompressionBombError):
@@ -667,14 +645,14 @@ class Samples(Dataset):
         self.source, self.seed, self.size, self.crop_scale = source, seed, size, crop_scale
 
     def __getitem__(self, number):
-        rng, skipped = random.Random(self.seed << 48 | number), Counter()
+        rng, skipped = random.Random((self.seed << 48) | number), Counter()
         if self.source is None:
             return *draw_sample(rng, self.size), skipped
         i = shuffled(number, len(self.source), self.seed)
         for _ in range(100):
             try:
-                item, captions = self.source.read(i)
-                caption = rng.choice(captions)
+                item, captions = self.source[i]
+                caption = rng.choice(clean_captions(captions))
                 return load_training_crop(item, self.size, self.crop_scale, rng), caption, skipped
             except Exception as error:  # Pillow raises nearly anything on damaged files
                 skipped[skip_reason(error)] += 1
@@ -682,15 +660,15 @@ class Samples(Dataset):
         return torch.zeros(3, self.size, self.size, dtype=torch.uint8), "", skipped
 
 
-def collate(samples, tokenizer, context_length):
+def collate(tokenizer, context_length, samples):
     """-> images uint8 (N, 3, H, W), tokens int64 (N, T), Counter. T is a multiple of 8, or all."""
     images, captions, skipped = zip(*samples)
     images, tokens = torch.stack(images), tokenize(captions, tokenizer, context_length)
     longest = int((tokens == vocab_size(tokenizer) - 1).int().argmax(1).max()) + 1
     tokens = tokens[:, : 8 * math.ceil(longest / 8)].contiguous()
-    if get_worker_info():  # here, so that an error reaches the training; later it would be a hang
+    if get_worker_info():  # a full /dev/shm raises here; in the worker's queue it would be a hang
         images.share_memory_()
-    return images, tokens, sum(skipped, Counter())
+    return images, tokens, dict(sum(skipped, Counter()))  # pin_memory would double a Counter
 
 
 class LoadingError(RuntimeError):
@@ -698,8 +676,8 @@ class LoadingError(RuntimeError):
 
 
 def ignore_signals(worker):
-    """Ctrl-C and SIGUSR1 go to all processes of a group, but the training ends its workers itself:
-    with SIGTERM, for which they must not keep the handler of the process that they come from."""
+    """The training decides when to stop, so its workers ignore Ctrl-C and SIGUSR1, which can come
+    to all processes. SIGTERM ends them at once: they must not inherit the training's handler."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -710,8 +688,8 @@ def load(dataset, **settings):
     loader = DataLoader(dataset, worker_init_fn=ignore_signals, **settings)
     try:
         iterator = iter(loader)
-        if loader.num_workers:  # a death is noticed when a batch is missing, not in mid-step
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if loader.num_workers:  # torch's handler would raise in mid-step when a worker dies; so it
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # is noticed when a batch is missing
         yield from iterator
     except (RuntimeError, OSError, EOFError) as error:  # the last two: a worker's pipe
         reason = [type(error).__name__, *str(error).strip().splitlines()][-1]
@@ -720,21 +698,21 @@ def load(dataset, **settings):
 
 
 def batches(source, config, batch_size, crop_scale=0.9, seed=0, rank=0, world_size=1, workers=0,
-            step=0, skipped=None, pin_memory=False):  # fmt: skip
-    """Endless (images, tokens) of this process. source: from `open_source`; config: the model's.
-    The Counter `skipped` grows. Raises LoadingError if too many samples are bad."""
-    skipped, taken, bad = Counter() if skipped is None else skipped, 0, 0
-    text = {"tokenizer": config.tokenizer, "context_length": config.context_length}
-    local = batch_size // world_size  # of a batch, a process takes so many samples in a row
+            step=0, pin_memory=False):  # fmt: skip
+    """Endless (images, tokens, {reason: samples skipped}) of this process. source: samples of
+    `open_source`; config: the model's. Raises LoadingError if 100 samples and a tenth are bad."""
+    taken, skipped = 0, Counter()
+    local = batch_size // world_size  # process r takes the r-th slice of each batch
     starts = itertools.count(step * batch_size + rank * local, batch_size)
     loader = load(
         Samples(source, seed, config.image_size, crop_scale),
         batch_sampler=(range(start, start + local) for start in starts),
-        collate_fn=partial(collate, **text), num_workers=workers, pin_memory=pin_memory,
+        collate_fn=partial(collate, config.tokenizer, config.context_length),
+        num_workers=workers, pin_memory=pin_memory,
     )  # fmt: skip
     for images, tokens, lost in loader:
         skipped.update(lost)
-        taken, bad = taken + len(images), bad + sum(lost.values())
+        taken, bad = taken + len(images), skipped.total()
         if bad >= 100 and bad > 0.1 * (bad + taken):
             raise LoadingError(f"{bad:,} of {bad + taken:,} samples are bad: {dict(skipped)}")
-        yield images, tokens
+        yield images, tokens, lost

@@ -17,7 +17,6 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 
 import argparse
-import itertools
 import json
 import math
 import sys
@@ -40,7 +39,7 @@ STEPS = 50  # on the way to the root, as in MERU
 
 
 class Pictures(Dataset):
-    """What `data.load_item` takes -> uint8 (3, size, size), could it be read?"""
+    """Items (what `data.load_item` takes) -> uint8 (3, size, size), could it be read?"""
 
     def __init__(self, items, size):
         self.items, self.size = items, size
@@ -55,31 +54,42 @@ class Pictures(Dataset):
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), False
 
 
-def gather_rows(mine, total):
-    """Rows rank, rank + world_size, ... of `total` -> all rows (total, D), on every process."""
+def gather_rows(blocks, total, device):
+    """Rows rank, rank + world_size, ... of `total`, in blocks -> all rows, on every process."""
+    mine = torch.cat(blocks) if blocks else None
     if world_size() == 1:
         return mine
-    parts, rows = [None] * world_size(), mine.new_empty(total, mine.shape[1])
-    dist.all_gather_object(parts, mine.cpu())
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, mine if mine is None else mine.cpu())
+    rows = parts[0].new_empty(total, parts[0].shape[1])
     for r, part in enumerate(parts):
-        rows[r :: world_size()] = part.to(rows)
-    return rows
+        if part is not None:
+            rows[r :: world_size()] = part
+    return rows.to(device)
+
+
+def refuse_nan(embeddings, what):
+    """Whatever is sorted by similarity, NaN would come first."""
+    bad = int((~embeddings.isfinite()).any(1).sum())
+    if bad:
+        raise ValueError(f"{bad} of {len(embeddings)} {what} embeddings are not finite")
 
 
 @torch.no_grad()
 def embed_images(model, items, batch_size=64, workers=0):
-    """Items -> embeddings (N, D) of the N that can be read, and which those are, a list."""
-    device, rows = model.logit_scale.device, []
+    """Items -> embeddings (N, D) of those that can be read, and their N indices."""
+    device, blocks = model.logit_scale.device, []
     pictures = Pictures(items[rank() :: world_size()], model.config.image_size)
     for images, readable in data.load(pictures, batch_size=batch_size, num_workers=workers):
         x = model.encode_image(images.to(device))
-        rows.append(torch.cat([x, readable[:, None].to(x)], dim=1))  # a last column: readable?
-    rows.append(torch.empty(0, model.config.embed_dim + 1, device=device))
-    rows = gather_rows(torch.cat(rows), len(items))
-    kept = rows[:, -1].nonzero().squeeze(1)
-    if len(kept) == 0:
+        blocks.append(torch.cat([x, readable[:, None].to(x)], dim=1))  # a last column: readable?
+    rows = gather_rows(blocks, len(items), device)
+    kept = rows[:, -1].nonzero().squeeze(1).tolist()
+    if not kept:
         raise ValueError(f"none of {len(items)} pictures can be read, the first is {items[0]}")
-    return rows[kept, :-1], kept.tolist()
+    images = rows[kept, :-1]
+    refuse_nan(images, "image")
+    return images, kept
 
 
 @torch.no_grad()
@@ -88,16 +98,18 @@ def embed_texts(model, texts, batch_size=64):
     c, device = model.config, model.logit_scale.device
     if data.vocab_size(c.tokenizer) != c.vocab_size:
         raise ValueError(f"the model has {c.vocab_size:,} tokens; which --tokenizer has as many?")
-    mine, rows = texts[rank() :: world_size()], [torch.empty(0, c.embed_dim, device=device)]
+    mine, blocks = texts[rank() :: world_size()], []
     for start in range(0, len(mine), batch_size):
         tokens = data.tokenize(mine[start : start + batch_size], c.tokenizer, c.context_length)
-        rows.append(model.encode_text(tokens.to(device)))
-    return gather_rows(torch.cat(rows), len(texts))
+        blocks.append(model.encode_text(tokens.to(device)))
+    rows = gather_rows(blocks, len(texts), device)
+    refuse_nan(rows, "text")
+    return rows
 
 
 def embed_classes(model, names, templates):
-    """One embedding per class (M, D): the mean of its prompts, back on the space. This is the
-    authors' way: only means on the sphere are normalised."""
+    """Each class as the mean of its prompts (M, D), as the authors take it: only on the sphere it
+    is normalised again."""
     prompts = [template.replace("{}", name) for template in templates for name in names]
     prompts = embed_texts(model, prompts).unflatten(0, (len(templates), len(names)))
     return model.geometry.project(prompts.mean(0))
@@ -112,11 +124,7 @@ def wrong_before_right(similarity, queries, candidates, is_match, block=1024):
     """How many wrong candidates are at least as similar as the best right one, per query.
 
     queries (N, D), candidates (M, D), is_match(i, j) on broadcast indices -> int64 (N,), 0 is best.
-    Raises ValueError for embeddings that are not finite: NaN would rank first."""
-    for name, x in (("query", queries), ("candidate", candidates)):
-        bad = int((~x.isfinite()).any(1).sum())
-        if bad:
-            raise ValueError(f"{bad} of {len(x)} {name} embeddings are not finite: no ranking")
+    """
     counts, columns = [], torch.arange(len(candidates), device=queries.device)
     for rows in torch.arange(len(queries), device=queries.device).split(block):
         similarities = similarity(queries[rows], candidates)  # (block, M)
@@ -151,13 +159,13 @@ def retrieval_metrics(similarity, images, texts, image_of_caption):
     N, M, owner = len(images), len(texts), image_of_caption.to(images.device)
     i2t = wrong_before_right(similarity, images, texts, lambda i, j: owner[j] == i)
     t2i = wrong_before_right(similarity, texts, images, lambda i, j: owner[i] == j)
-    captions = torch.bincount(owner.cpu(), minlength=N)
+    captions = torch.bincount(owner.cpu(), minlength=N)  # how many each image has
     i2t, captions = i2t[captions > 0], captions[captions > 0].tolist()
     out, chance = {}, {}
     for k in (1, 5, 10):
         out[f"i2t_r{k}"], out[f"t2i_r{k}"] = recall_at_k(i2t, k, M), recall_at_k(t2i, k, N)
-        # an image misses by chance if all of k texts, drawn without return, are of other images
-        missed = [math.prod(max(0, M - n - i) / max(1, M - i) for i in range(k)) for n in captions]
+        # of all choices of k texts, those without one of the image's n
+        missed = [math.comb(M - n, k) / max(1, math.comb(M, k)) for n in captions]
         chance[f"i2t_r{k}"] = 1 - sum(missed) / len(missed) if k <= M else None
         chance[f"t2i_r{k}"] = k / N if k <= N else None
     r1 = out["i2t_r1"], out["t2i_r1"]
@@ -168,8 +176,10 @@ def retrieval_metrics(similarity, images, texts, image_of_caption):
 # tasks: metrics of a model, and a sentence that says how they came about
 
 
-def protocol(model, what, left_out=()):
-    missing = ", ".join(f"{n} {why}" for why, n in Counter(left_out).items() if n)
+def protocol(model, what, items, kept, left_out=()):
+    """How the figures came about, in a sentence."""
+    left_out = Counter(left_out) + Counter(unreadable=len(items) - len(kept))
+    missing = ", ".join(f"{n} {why}" for why, n in left_out.items())
     ranked = f"{what}, ranked by {model.config.geometry}/{model.config.logit}"
     return {"protocol": ranked + (f"; left out: {missing}" if missing else "")}
 
@@ -179,7 +189,7 @@ def zero_shot(model, items, labels, names, templates, **loading):
     classes = embed_classes(model, names, templates)
     metrics = zero_shot_metrics(model.similarity, images, classes, torch.tensor(labels)[kept])
     what = f"{len(kept)} pictures, {len(names)} classes, mean of {len(templates)} prompts"
-    return metrics | protocol(model, what, {"unreadable": len(items) - len(kept)})
+    return metrics | protocol(model, what, items, kept)
 
 
 def retrieval(model, items, captions, image_of_caption, left_out=(), **loading):
@@ -188,12 +198,11 @@ def retrieval(model, items, captions, image_of_caption, left_out=(), **loading):
     pairs = [(caption, row[i]) for caption, i in zip(captions, image_of_caption) if i in row]
     if not pairs:
         raise ValueError("no picture that can be read has a caption")
-    texts = embed_texts(model, [caption for caption, _ in pairs])
-    owner = torch.tensor([i for _, i in pairs])
-    metrics = retrieval_metrics(model.similarity, images, texts, owner)
-    what = f"{len(images)} pictures, {len(texts)} captions, any match counts"
-    left_out = Counter(left_out) + Counter(unreadable=len(items) - len(kept))
-    return metrics | protocol(model, what, left_out)
+    texts, owner = zip(*pairs)
+    embeddings = embed_texts(model, texts)
+    metrics = retrieval_metrics(model.similarity, images, embeddings, torch.tensor(owner))
+    what = f"{len(kept)} pictures, {len(texts)} captions, any match counts"
+    return metrics | protocol(model, what, items, kept, left_out)
 
 
 def held_out_source(train_config):
@@ -218,35 +227,32 @@ def held_out(model, source, pairs, **loading):
 # hierarchy: on the way from a picture to the root, captions should turn from specific to general
 
 
-def in_cones(model, texts, points, K):
-    """texts (M, D), points (S, D) -> bool (S, M): does the cone of the text hold the point?"""
-    curv, blocks = model.scalars()[1], []
-    for block in texts.split(64):  # (S, 64, D) numbers at a time
-        blocks.append(model.geometry.entailment_loss(block, points[:, None], K, curv) == 0)
-    return torch.cat(blocks, dim=1)
-
-
 def last_min_radius(model):
-    """K at the end of the training, if its loss had cones; otherwise None."""
+    """K at the end of the training; None if its loss had no cones. A checkpoint of others does not
+    say: then 0.1, the authors'."""
     c = model.train_config
     if not model.geometry.cones or c.get("entailment_weight", 1) == 0:
         return None
-    return c.get("final_min_radius") or c.get("min_radius", 0.1)
+    first, last = c.get("min_radius", 0.1), c.get("final_min_radius")
+    return first if last is None else last
 
 
 @torch.no_grad()
 def traverse(model, images, texts, min_radius=None):
     """Captions on the straight way from each image (N, D) to the root.
 
-    -> N lists of (step, text): the nearest text at each of S steps, where it first appears; text M
-    is the root, a candidate everywhere, which wins ties. With a min_radius only texts whose cone
-    holds the point are candidates. Source: MERU; EuCLIP, Figures 3 and 5.
+    -> for each image [(step, text)]: which text is nearest, from which of S steps on. Text M is the
+    root: always a candidate, and it wins ties. With a min_radius other texts (M, D) are candidates
+    only where their cone holds the point. Source: MERU; EuCLIP, Figures 3 and 5.
     """
-    found, root = [], model.geometry.root(torch.cat([images, texts]))
-    for path in model.geometry.path_to_root(images, STEPS, root).unbind(1):  # (S, D)
+    geometry, curv, found = model.geometry, model.scalars()[1], []
+    root = geometry.root(torch.cat([images, texts]))
+    for path in geometry.path_to_root(images, STEPS, root).unbind(1):  # (S, D)
         similarity = model.similarity(path, texts)  # (S, M)
         if min_radius is not None:
-            similarity[~in_cones(model, texts, path, min_radius)] = -math.inf
+            for step, point in enumerate(path):
+                outside = geometry.entailment_loss(texts, point, min_radius, curv)  # (M,)
+                similarity[step, outside > 0] = -math.inf
         best, nearest = similarity.max(1)
         nearest[model.similarity(path, path[-1:])[:, 0] >= best] = len(texts)
         first = {}
@@ -266,13 +272,13 @@ def embed_hierarchy(model, **loading):
 
 @torch.no_grad()
 def hierarchy_metrics(model, images, texts):
-    """What `embed_hierarchy` returns -> does the geometry know what is general?
+    """Pictures (N, D), captions of L levels (L, N, D), general first -> dict of
 
-    text_radius, image_radius  mean distance from the root: L numbers; one
-    general_nearer             of the captions, those nearer the root than the next, more specific
-                               one of the same picture (chance: half)
-    own_in_cone, other_in_cone captions whose cone holds their own picture; another one: L numbers
-                               each. None without cones
+    text_radius, image_radius   mean distance from the root, of each level; of the pictures
+    general_nearer              how often a caption is nearer the root than the next level's of the
+                                same picture: chance is 0.5
+    own_in_cone, other_in_cone  how often a caption's cone holds its own picture, and another one,
+                                of each level; None without cones
     """
     geometry = model.geometry
     root = geometry.root(torch.cat([images, texts.flatten(0, 1)]))
@@ -300,10 +306,10 @@ def traversal(model, pictures, captions, **loading):
     root = model.geometry.root_name
     what = f"{STEPS} steps to the root ({root}), nearest of {len(texts)} captions{among}"
     texts.append("[ROOT]")
-    paths = [[(step / (STEPS - 1), texts[text]) for step, text in path] for path in found]
-    left_out = {"unreadable": len(pictures) - len(kept)}
-    retrieved = {pictures[i]: path for i, path in zip(kept, paths)}
-    return {"retrieved": retrieved} | protocol(model, what, left_out)
+    retrieved = {}
+    for i, path in zip(kept, found):
+        retrieved[pictures[i]] = [(step / (STEPS - 1), texts[text]) for step, text in path]
+    return {"retrieved": retrieved} | protocol(model, what, pictures, kept)
 
 
 def search(model, query, folder, count=10, **loading):
@@ -315,8 +321,7 @@ def search(model, query, folder, count=10, **loading):
         similarity = model.similarity(embed_texts(model, [query]), images)[0]
     best, nearest = similarity.topk(min(count, len(kept)))
     found = [(items[kept[i]], s) for i, s in zip(nearest.tolist(), best.tolist())]
-    left_out = {"unreadable": len(items) - len(kept)}
-    return {"nearest": found} | protocol(model, f"{query!r} in {len(kept)} pictures", left_out)
+    return {"nearest": found} | protocol(model, f"{query!r} in {len(kept)} pictures", items, kept)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -330,7 +335,9 @@ def class_folders(folder, classnames=None, templates=None):
     if classnames:
         names = data.read_lines(classnames)
     templates = data.read_lines(templates) if templates else PROMPTS
-    if len(names) != len(folders) or not folders:
+    if not folders:
+        raise ValueError(f"no class folders in {folder}")
+    if len(names) != len(folders):
         raise ValueError(f"{len(names)} names of {classnames}, {len(folders)} folders in {folder}")
     if not templates or not all("{}" in template for template in templates):
         raise ValueError("there must be templates, each with a {} for the class name")
@@ -356,12 +363,12 @@ def karpathy_split(path, folder, split):
             if entry["split"] == split:
                 nested = os.path.join(folder, entry.get("filepath") or "", entry["filename"])
                 flat = os.path.join(folder, entry["filename"])
-                raw = [sentence["raw"] for sentence in entry["sentences"]]
-                texts = data.clean_captions(raw) if raw else []
+                texts = [sentence["raw"].strip() for sentence in entry["sentences"]]
+                texts = [text for text in texts if text]
                 captions += texts
                 image_of_caption += [len(items)] * len(texts)
                 items.append(nested if os.path.exists(nested) else flat)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, data.BadCaption):
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is no Karpathy JSON: images with split, filename, sentences with "
                          f"raw captions; not {json.dumps(entry)[:200]}") from None  # fmt: skip
     missing = [item for item in items if not os.path.exists(item)]
@@ -423,9 +430,16 @@ def pick_device(name=None):
 
 
 def cores():
-    """How many each process of this machine has."""
+    """Those of this process, 8 at most: more loading processes take long to start."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(8, max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+OVERRIDES = {"geometry": str, "logit": str, "tokenizer": str, "quick_gelu": bool,
+             "vision_heads": int, "text_heads": int}  # of load_model  # fmt: skip
+NEEDS = {"classnames": ["classification"], "templates": ["classification"],
+         "captions": ["traverse"], "traverse": ["captions"], "retrieval": ["images"],
+         "query": ["images"], "images": ["retrieval", "query"]}  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -443,21 +457,15 @@ def parse_args(argv=None):
     add("--captions", metavar="FILE", help="the captions to choose from, one a line")
     add("--query", metavar="TEXT", help="the nearest pictures of --images")
     add("--json", metavar="FILE", help="write all results there")
-    for name in ("geometry", "logit", "tokenizer"):
-        add(f"--{name}", help="for checkpoints of others, which do not say")
-    add("--quick_gelu", action="store_true", default=None, help="for OpenAI's own weights")
-    add("--vision_heads", type=int, help="for checkpoints of others")
-    add("--text_heads", type=int, help="for checkpoints of others")
+    for name, kind in OVERRIDES.items():
+        how = {"action": "store_true", "default": None} if kind is bool else {"type": kind}
+        add(f"--{name}", help="for checkpoints of others, which do not say", **how)
     add("--device", help="default: cuda, else mps, else cpu")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the towers")
     add("--batch_size", type=int, default=64)
     add("--workers", type=int, default=cores(), help="loading processes")
     args = parser.parse_args(argv)
-    for name, others in (
-        ("classnames", ["classification"]), ("templates", ["classification"]),
-        ("captions", ["traverse"]), ("traverse", ["captions"]), ("retrieval", ["images"]),
-        ("query", ["images"]), ("images", ["retrieval", "query"]),
-    ):  # fmt: skip
+    for name, others in NEEDS.items():
         if getattr(args, name) and not any(getattr(args, other) for other in others):
             parser.error(f"--{name} needs --{' or --'.join(others)}")
     if args.val_data and (args.retrieval or args.classification):
@@ -466,11 +474,9 @@ def parse_args(argv=None):
 
 
 def run(args):
-    names = ("geometry", "logit", "tokenizer", "quick_gelu", "vision_heads", "text_heads")
-    overrides = {name: getattr(args, name) for name in names}
-    model = load_model(args.checkpoint, **overrides).to(pick_device(args.device))
+    overrides = {name: getattr(args, name) for name in OVERRIDES}
     loading = {"batch_size": args.batch_size, "workers": args.workers}
-    results = {}
+    model, results = load_model(args.checkpoint, **overrides).to(pick_device(args.device)), {}
     if args.classification:
         task = class_folders(args.classification, args.classnames, args.templates)
         results["zero_shot"] = zero_shot(model, *task, **loading)
@@ -503,8 +509,8 @@ def main():
     args = parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
-        bfloat16, device = args.dtype == "bfloat16", pick_device(args.device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        device = pick_device(args.device).type
+        with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             run(args)
     except (ValueError, OSError, data.LoadingError) as error:  # what a user can mend
         print(f"evaluate.py: {error}", file=sys.stderr)

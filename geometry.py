@@ -169,7 +169,8 @@ class Sphere(Geometry):
         """x (..., D), root (D,) -> (1 - cos)/2 in [0, 1]. Raises ValueError without a root."""
         if root is None:
             raise ValueError(f"the sphere needs a root: pass root = {self.root_name}")
-        return (1 - F.normalize(x, dim=-1) @ F.normalize(root, dim=-1)) / 2
+        cos = (F.normalize(x, dim=-1) * F.normalize(root, dim=-1)).sum(-1)
+        return (1 - cos) / 2
 
     def project(self, x):
         return F.normalize(x, dim=-1)

@@ -23,9 +23,7 @@ import math
 import signal
 import sys
 import time
-import typing
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -40,8 +38,8 @@ from geometry import GEOMETRIES, find_geometry
 from model import CLIP, PRESETS, Config, load_checkpoint, load_model, pack_tokens, rank, world_size
 
 
-def flag(default, help):
-    return field(default=default, metadata={"help": help})
+def flag(default, help, lowest=0):
+    return field(default=default, metadata={"help": help, "lowest": lowest})
 
 
 @dataclass
@@ -53,8 +51,8 @@ class TrainConfig:
     entailment_weight: float = flag(0.0, "lambda, the weight of the entailment loss")
     min_radius: float = flag(0.1, "K: the larger, the wider the cones")
     final_min_radius: float | None = flag(None, "K at the end, reached linearly")
-    init_logit_scale: float | None = flag(None, "log space; default: the paper's, or for shapes")
-    max_logit_scale: float = flag(100.0, "the factor itself")
+    init_logit_scale: float | None = flag(None, "log space; default: see README", -math.inf)
+    max_logit_scale: float = flag(100.0, "the factor itself", 1e-9)
     model: str = flag("tiny", ", ".join(PRESETS))
     final_ln: bool | None = flag(None, "LayerNorm at the end of both towers")
     quick_gelu: bool | None = flag(None, "as in OpenAI's own weights")
@@ -65,7 +63,7 @@ class TrainConfig:
     val_data: str | None = flag(None, "held-out data, likewise; shapes has its own")
     crop_scale: float = flag(0.9, "smallest fraction of a picture's area that a crop keeps")
     tokenizer: str | None = flag(None, "bytes, clip, or tiktoken's; default: bytes for tiny")
-    batch_size: int = flag(128, "over all processes")
+    batch_size: int = flag(128, "over all processes", 2)
     micro_batch: int = flag(0, "samples per process and pass, if memory is short; 0: all at once")
     samples: int = flag(90_000, "how many to see")
     lr: float = flag(3e-3, "at its peak; after the warm-up it falls to 0 by a cosine")
@@ -75,9 +73,9 @@ class TrainConfig:
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: any")
     out_dir: str = flag("out", "for ckpt.pt and log.jsonl")
     resume: bool = flag(False, "go on from out_dir/ckpt.pt, or start if there is none")
-    save_every: int = flag(1000, "steps")
-    eval_every: int | None = flag(None, "steps; default: five times in all")
-    log_every: int = flag(20, "steps")
+    save_every: int = flag(1000, "steps", 1)
+    eval_every: int | None = flag(None, "steps; default: five times in all", 1)
+    log_every: int = flag(20, "steps", 1)
     device: str | None = flag(None, "default: cuda, else mps, else cpu")
     dtype: str | None = flag(None, "float32 or bfloat16; default: bfloat16 on cuda")
     compile: bool | None = flag(None, "torch.compile; default: on cuda")
@@ -89,9 +87,6 @@ class TrainConfig:
 FIXED = ("geometry", "logit", "model", "final_ln", "quick_gelu", "vision_heads", "text_heads",
          "init_from", "init_logit_scale", "data", "crop_scale", "tokenizer", "batch_size",
          "weight_decay", "beta2", "seed")  # fmt: skip
-# The lowest value of a number, where it is not 0
-LOWEST = {"init_logit_scale": -math.inf, "max_logit_scale": 1e-9, "batch_size": 2, "log_every": 1,
-          "save_every": 1, "eval_every": 1}  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -99,7 +94,7 @@ def parse_args(argv=None):
     about = {"description": __doc__.split("\n")[0], "argument_default": argparse.SUPPRESS}
     parser = argparse.ArgumentParser(**about, allow_abbrev=False)
     for f in fields(TrainConfig):
-        kind = next(t for t in (*typing.get_args(f.type), f.type) if t is not type(None))
+        kind = next(t for t in (bool, int, float, str) if f.type in (t, t | None))
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         default = "" if f.default is None else f" (default: {f.default})"
         parser.add_argument(f"--{f.name}", help=f.metadata["help"] + default, **how)
@@ -112,12 +107,13 @@ def validate(c):
     geometry = find_geometry(c.geometry)
     c.logit = geometry.find_logit(c.logit)
     for f in fields(c):
-        value, lowest = getattr(c, f.name), LOWEST.get(f.name, 0)
+        value, lowest = getattr(c, f.name), f.metadata["lowest"]
         if isinstance(value, (int, float)) and not lowest <= value < math.inf:
             raise ValueError(f"--{f.name} must be at least {lowest}, not {value}")
     steps, local = c.samples // c.batch_size, c.batch_size // world_size()
     c.warmup = min(500, steps // 10) if c.warmup is None else c.warmup
     c.eval_every = c.eval_every or max(1, math.ceil(steps / 5))
+    c.workers = evaluate.cores() if c.workers is None else c.workers
     for wrong, message in (
         (c.entailment_weight and not geometry.cones,
          f"--entailment_weight needs cones; {c.geometry} has none: use another --geometry"),
@@ -147,7 +143,7 @@ def print0(*args):
 
 def join_processes(name):
     """Meet the other processes, if torchrun started any -> the device of this one."""
-    device = evaluate.pick_device(name)
+    device, backend = evaluate.pick_device(name), "gloo"
     if "RANK" not in os.environ:
         if os.environ.get("SLURM_NTASKS", "1") != "1":
             raise ValueError("each SLURM task would train alone; start one per machine, which runs "
@@ -156,50 +152,47 @@ def join_processes(name):
     if device.type == "cuda":
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
-            raise ValueError(f"process {local} has no GPU: there are --nproc_per_node={gpus}")
-        device = torch.device("cuda", local)
+            raise ValueError(f"process {local} has no GPU; use --nproc_per_node={gpus}")
+        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # A day: torchrun ends all processes when one fails, so a silence of hours is no failure
+    # Long, for evaluations of hours. When a process fails, torchrun ends the others at once
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     return device
 
 
-def any_process(flag):
-    """What is true on any process is true on all. It travels by gloo: no GPU has to wait."""
-    flag = torch.tensor(int(flag))
+def add_up(*numbers):
+    """Sums over all processes, which also wait here for each other. No GPU has to wait."""
+    numbers = torch.tensor(numbers, dtype=torch.float64)
     if world_size() > 1:
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
+        dist.all_reduce(numbers)  # numbers on the CPU travel by gloo
+    return numbers.tolist()
+
+
+STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
-    """SIGTERM, SIGUSR1 and Ctrl-C end a training after its step. A second signal kills it."""
-
-    NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    """The first signal ends the training after its step, a second one kills it."""
 
     def __init__(self):
         self.received = self.waiting = False
-        for number in self.NUMBERS:
+        for number in STOP:
             signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         self.received = True
-        for number in self.NUMBERS:
+        for number in STOP:
             signal.signal(number, signal.SIG_DFL)
-        if self.waiting:
+        if self.waiting:  # for data, which may never come
             raise KeyboardInterrupt
 
     def next(self, batches):
-        """-> a batch, None. After a signal, which ends the waiting for data: None, None. If loading
-        failed: None, the error."""
+        """-> a batch, or what came instead: a KeyboardInterrupt, a LoadingError."""
         try:
             self.waiting = True
-            return None if self.received else next(batches), None
-        except KeyboardInterrupt:
-            return None, None
-        except data.LoadingError as error:
-            return None, error
+            return KeyboardInterrupt() if self.received else next(batches)
+        except (KeyboardInterrupt, data.LoadingError) as error:
+            return error
         finally:
             self.waiting = False
 
@@ -207,10 +200,9 @@ class StopSignals:
 def choose_precision(c, device):
     """-> autocast of the towers, whether to compile. Raises ValueError for what cannot be had."""
     cuda = device.type == "cuda"
-    can = not cuda or torch.cuda.is_bf16_supported(including_emulation=False)
-    if c.dtype == "bfloat16" and not can:
-        raise ValueError("--dtype bfloat16: this GPU cannot; use --dtype float32")
-    bfloat16 = c.dtype == "bfloat16" or (c.dtype is None and cuda and can)
+    bfloat16 = c.dtype == "bfloat16" or (c.dtype is None and cuda)
+    if bfloat16 and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError("this GPU has no bfloat16: use --dtype float32")
     compile = cuda if c.compile is None else c.compile
     try:
         if compile:
@@ -273,13 +265,13 @@ def build_optimizer(model, c):
 def split_batch(images, tokens, micro_batch, vocab_size, device):
     """-> [(images, tokens, index)] on the device, of micro_batch samples each; 0: of all."""
     parts, size = [], micro_batch or len(images)
-    for images, tokens in zip(images.split(size), tokens.split(size)):
-        part = images, tokens, pack_tokens(tokens, vocab_size)
+    for part in zip(images.split(size), tokens.split(size)):
+        part = *part, pack_tokens(part[1], vocab_size)
         parts.append([x.to(device, non_blocking=True) for x in part])
     return parts
 
 
-def gradcache_backward(net, model, parts, autocast, loss, *loss_args):
+def gradcache_backward(net, model, parts, autocast, *loss_args):
     """Gradients of the whole batch with only a part of it in memory (GradCache, arXiv:2101.06983).
 
     Embed all parts without gradient. Take the loss of the whole batch and its gradients for the
@@ -291,33 +283,21 @@ def gradcache_backward(net, model, parts, autocast, loss, *loss_args):
         images, texts, scalars = zip(*(model(*part) for part in parts))
     embeddings = torch.cat(images), torch.cat(texts), scalars[0]
     embeddings = [x.detach().requires_grad_() for x in embeddings]
-    losses = loss(*embeddings, *loss_args)
+    losses = model.loss(*embeddings, *loss_args)
     losses["loss"].backward()
     image_grad, text_grad, scalars_grad = (x.grad for x in embeddings)
     for i, part in enumerate(parts):
         rows = slice(i * len(part[0]), (i + 1) * len(part[0]))
-        last = i == len(parts) - 1  # processes average their gradients after the last part
-        with nullcontext() if last or net is model else net.no_sync():
-            with autocast:
-                outputs = net(*part)
-            grads = image_grad[rows], text_grad[rows], scalars_grad / len(parts)
-            torch.autograd.backward(outputs, grads)
+        net.require_backward_grad_sync = i == len(parts) - 1  # DDP averages after the last part
+        with autocast:
+            outputs = net(*part)
+        grads = image_grad[rows], text_grad[rows], scalars_grad / len(parts)
+        torch.autograd.backward(outputs, grads)
     return losses
 
 
 # ------------------------------------------------------------------------------------------------
 # a run and its folder
-
-
-def lock_folder(folder):
-    """-> a file whose lock the system releases when this process ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loading processes do not inherit it
-    except OSError:
-        raise ValueError(f"another run writes to {folder}; choose another --out_dir") from None
-    return lock
 
 
 def find_checkpoint(path, c, given):
@@ -332,26 +312,28 @@ def find_checkpoint(path, c, given):
     if not {"optimizer", "train_config", "config", "step"} <= set(checkpoint):
         raise ValueError(f"{path} has no optimizer state: evaluate it, or use --init_from")
     for name in given & set(FIXED):
-        mine, its = getattr(c, name), checkpoint["train_config"][name]
+        mine, its = getattr(c, name), checkpoint["train_config"].get(name)
         if mine != its:
             raise ValueError(f"{path} was trained with --{name} {its}, not {mine}")
     return checkpoint
 
 
 def open_log(path, step):
-    """log.jsonl, on process 0, without lines beyond step; a kill can leave half a line."""
-    lines = path.read_text().splitlines() if step and path.exists() else []
-    file = open(path, "w")
+    """log.jsonl without lines beyond step and half lines, which a kill can leave. Locked, so that
+    no other run writes here, until this process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = open(path, "a+")
+    try:
+        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loading processes do not inherit it
+    except OSError:
+        raise ValueError(f"another run writes to {path.parent}; use another --out_dir") from None
+    log.seek(0)
+    lines = log.read().splitlines()
+    log.truncate(0)
     for line in lines:
         if line.endswith("}") and json.loads(line)["step"] <= step:
-            print(line, file=file, flush=True)
-    return file
-
-
-# What is printed of a report, and how
-REPORT = {"loss": ".3f", "entailment": ".3f", "in_cone": ".0%", "text_radius": ".2f",
-          "image_radius": ".2f", "logit_scale": ".2f", "curvature": ".2f", "grad_norm": ".2f",
-          "lr": ".1e", "samples_per_second": ",.0f", "skipped": ""}  # fmt: skip
+            print(line, file=log, flush=True)
+    return log
 
 
 class Run:
@@ -364,41 +346,45 @@ class Run:
         if checkpoint:  # flags that are not given are those of the run so far
             kept = given | {"resume", "out_dir", "device", "workers"}
             before = checkpoint["train_config"].items()
-            c = replace(c, **{name: value for name, value in before if name not in kept})
+            before = {name: value for name, value in before if hasattr(c, name)}
+            c = replace(c, **{name: value for name, value in before.items() if name not in kept})
+        if c.init_from and "model" in given:
+            raise ValueError("--init_from has sizes of its own: leave --model out")
         validate(c)
+        self.c, self.steps, self.step = c, c.samples // c.batch_size, 0
+        self.skipped = Counter()
+        if checkpoint:
+            self.step = checkpoint["step"]
+            self.skipped.update(checkpoint["skipped"])
         if rank() == 0:
-            self.lock = lock_folder(self.path.parent)
+            self.log = open_log(self.path.with_name("log.jsonl"), self.step)
         model = CLIP(Config(**checkpoint["config"])) if checkpoint else build_model(c)
         model.config.max_logit_scale, c.tokenizer = c.max_logit_scale, model.config.tokenizer
-        self.c, self.model, self.steps = c, model.to(self.device), c.samples // c.batch_size
-        self.optimizer, self.step, self.skipped = build_optimizer(model, c), 0, Counter()
+        self.model = model.to(self.device)
+        self.optimizer = build_optimizer(model, c)
         if checkpoint:
             model.load_state_dict(checkpoint["state_dict"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.step = checkpoint["step"]
-            self.skipped.update(checkpoint["skipped"] if rank() == 0 else ())
         if self.step < self.steps:
             self.open_data()
             self.start()
 
     def open_data(self):
-        c, verbose = self.c, rank() == 0
-        self.workers = min(8, evaluate.cores()) if c.workers is None else c.workers
+        c, first = self.c, rank() == 0
+        if not first:
+            add_up(0)  # wait until process 0 has indexed all shards
+        source, left_out = data.open_source(c.data, verbose=first)
+        if first:
+            add_up(0)
         self.val_source = evaluate.held_out_source(asdict(c))
-        if rank() > 0:
-            any_process(False)  # wait until process 0 has indexed all shards
-        source = data.open_source(c.data, verbose)
         if self.val_source:
-            self.held_out = data.held_out_pairs(self.val_source, verbose)
-        if rank() == 0:
-            any_process(False)
-        self.fetched, self.skipped_before = Counter(), self.skipped
+            self.held_out = data.held_out_pairs(self.val_source, verbose=first)
         self.batches = data.batches(
             source, self.model.config, c.batch_size, c.crop_scale, c.seed, rank(), world_size(),
-            self.workers, self.step, self.fetched, pin_memory=self.device.type == "cuda",
+            c.workers, self.step, pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         if source:
-            print0(f"{len(source):,} samples in {c.data}; left out: {dict(source.left_out)}")
+            print0(f"{len(source):,} samples in {c.data}; left out: {dict(left_out)}")
         if source and len(source) < c.batch_size:
             floor = math.log(c.batch_size / len(source))
             print0(f"warning: a batch has pairs more than once: no loss below {floor:.2f}")
@@ -406,94 +392,73 @@ class Run:
     def start(self):
         c, model = self.c, self.model
         self.autocast, compile = choose_precision(c, self.device)
-        self.net, self.loss = model, model.loss
         if compile:
             model.compile()  # in place: parameters keep their names
-            self.loss = torch.compile(model.loss)
-        if world_size() > 1:
-            self.net = DDP(model, gradient_as_bucket_view=True)
-        if rank() == 0:
-            self.log = open_log(self.path.with_name("log.jsonl"), self.step)
+            model.loss = torch.compile(model.loss)
+        self.net = DDP(model, gradient_as_bucket_view=True) if world_size() > 1 else model
         print0(*(f"{name}={value}" for name, value in asdict(c).items() if value is not None))
-        count = sum(p.numel() for p in model.parameters())
-        print0(f"torch {torch.__version__}, {self.device}, {world_size()} processes with "
-               f"{self.workers} loading each, {count:,} parameters")  # fmt: skip
-        chance = math.log(c.batch_size)
-        print0(f"a model that knows nothing has loss ln({c.batch_size}) = {chance:.3f}")
-        self.nonfinite, self.reports_at_bound = torch.zeros((), device=self.device), Counter()
-        self.stop, self.since, self.reported = StopSignals(), time.monotonic(), self.step
+        count, chance = sum(p.numel() for p in model.parameters()), math.log(c.batch_size)
+        print0(f"torch {torch.__version__}, {self.device}, {world_size()} processes, {count:,} "
+               f"parameters; guessing has loss ln({c.batch_size}) = {chance:.3f}")  # fmt: skip
+        self.reports_at_bound, self.stop = Counter(), StopSignals()
 
-    def write(self, values, text):
-        """A report: for programs and for people."""
+    def write(self, values):
+        """One line for programs, one for people."""
         if rank() == 0:
             print(json.dumps({"step": self.step} | values), file=self.log, flush=True)
+            text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             print(f"step {self.step}/{self.steps}  {text}", flush=True)
 
-    def report(self, metrics, grad_norm, lr):
-        skipped = torch.tensor(float(sum(self.skipped.values())), device=self.device)
-        totals = torch.stack([*metrics.values(), skipped]).detach().float()
-        if world_size() > 1:
-            dist.all_reduce(totals)
-        *totals, skipped = totals.tolist()
-        r = {name: total / world_size() for name, total in zip(metrics, totals)}
-        samples = (self.step - self.reported) * self.c.batch_size
-        r |= {"grad_norm": grad_norm.item(), "lr": lr, "skipped": int(skipped),
-              "samples_per_second": samples / (time.monotonic() - self.since)}  # fmt: skip
-        self.write(r, "  ".join(f"{k} {r[k]:{form}}" for k, form in REPORT.items() if k in r))
-        self.since, self.reported = time.monotonic(), self.step
+    def report(self, metrics, **more):
+        totals = add_up(*(value.item() for value in metrics.values()))
+        means = {name: total / world_size() for name, total in zip(metrics, totals)}
+        self.write(means | more | {"skipped": self.skipped.total()})
         for name, bounds in self.model.bounds().items():
-            if any(abs(getattr(self.model, name).item() - bound) < 1e-6 for bound in bounds):
-                self.reports_at_bound[name] += 1
-                if self.reports_at_bound[name] == 10:
-                    print0(f"warning: {name} stays at its bound: the loss asks for more")
+            value = getattr(self.model, name).item()
+            at_bound = any(abs(value - bound) < 1e-6 for bound in bounds)
+            self.reports_at_bound[name] = at_bound * (self.reports_at_bound[name] + 1)
+            if self.reports_at_bound[name] == 10:
+                print0(f"warning: {name} stays at its bound")
 
-    def check_finite(self, metrics, grad_norm):
-        if self.nonfinite:
-            values = {"norm of the gradient": grad_norm, **metrics}
-            values = ", ".join(f"{name} {value.item():.3g}" for name, value in values.items())
-            raise FloatingPointError(
-                f"the gradient is not finite at step {self.step}: {self.c.geometry}/{self.c.logit}"
-                f", {values}. --resume goes on from the last checkpoint; without one, try a lower "
-                "--lr or --init_logit_scale, or a longer --warmup"
-            )
+    def stop_at_nan(self, metrics, grad_norm):
+        values = {"norm of the gradient": grad_norm, **metrics}
+        values = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+        raise FloatingPointError(
+            f"the gradient is not finite at step {self.step + 1}: {values}, "
+            f"{self.c.geometry}/{self.c.logit}. --resume goes on from the last checkpoint; "
+            "without one, try a lower --lr or --init_logit_scale, or a longer --warmup"
+        )
 
     def evaluate(self):
         """By all processes, each a part, in the precision of the training."""
-        since, loading = time.monotonic(), {"workers": self.workers}
-        with self.autocast:
-            results = evaluate.held_out(self.model, self.val_source, self.held_out, **loading)
-        flat = {f"val_{k}": v for task in results.values() for k, v in task.items()}
-        metrics = {k: v for k, v in flat.items() if isinstance(v, float)}
-        self.write(metrics, "  ".join(f"{k} {v:.1%}" for k, v in metrics.items()))
-        self.since += time.monotonic() - since  # not part of the training's speed
+        task = self.model, self.val_source, self.held_out
+        try:
+            with self.autocast:
+                results = evaluate.held_out(*task, workers=self.c.workers)
+        except ValueError as error:  # such as pictures that are gone
+            return print0(f"warning: no evaluation: {error}")
+        metrics = {}
+        for task in results.values():
+            metrics |= {f"val_{k}": v for k, v in task.items() if isinstance(v, float)}
+        self.write(metrics)
 
     def save(self):
         """The old file stays whole until the new one is on the disk."""
-        counts = [self.skipped] * world_size()
-        if world_size() > 1:
-            dist.all_gather_object(counts, self.skipped)
+        if rank() > 0:
+            return
         state = {"state_dict": self.model.state_dict(), "config": asdict(self.model.config),
                  "optimizer": self.optimizer.state_dict(), "train_config": asdict(self.c),
-                 "step": self.step, "skipped": dict(sum(counts, Counter())),
-                 "epoch": 0}  # which open_clip looks for  # fmt: skip
-        if rank() == 0:
-            temporary = self.path.with_suffix(".tmp")
-            try:
-                with open(temporary, "wb") as file:
-                    torch.save(state, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, self.path)
-            except (RuntimeError, OSError) as error:  # torch raises the first if the disk is full
-                message = f"cannot write {self.path} ({error}); it is still the last one"
-                raise OSError(message) from None
-
-    def stop_early(self, failure):
-        """A signal has come, or data can come no more (failure)."""
-        self.save()
-        if failure:
-            raise failure
-        print0(f"stopped by a signal after step {self.step}; go on with --resume")
+                 "step": self.step, "skipped": dict(self.skipped)}  # fmt: skip
+        state["epoch"] = 0  # which open_clip looks for
+        temporary = self.path.with_suffix(".tmp")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        except (RuntimeError, OSError) as error:  # torch raises the first if the disk is full
+            raise OSError(f"cannot write {self.path} ({error}); it is as it was before") from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -503,32 +468,39 @@ def train(run):
     c, model, optimizer, steps, first = run.c, run.model, run.optimizer, run.steps, run.step
     if first >= steps:
         return print0(f"{run.path} is already complete: {first} steps")
-    began = time.monotonic()
+    began = since = time.monotonic()
+    samples = 0  # since then
     for step in range(first, steps):
         lr = learning_rate(step, steps, c.lr, c.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         K = min_radius(step, steps, c.min_radius, c.final_min_radius)
-        K = torch.tensor(K, device=run.device)  # torch.compile would make a constant of a float
+        K = torch.full((), K, device=run.device)  # torch.compile would make a constant of a float
 
-        batch, failure = run.stop.next(run.batches)
-        if any_process(batch is None):
-            return run.stop_early(failure)
-        run.skipped = run.skipped_before + run.fetched  # not before: this batch will be used
-        parts = split_batch(*batch, c.micro_batch, model.config.vocab_size, run.device)
+        batch = run.stop.next(run.batches)
+        failed = isinstance(batch, BaseException)
+        lost = Counter() if failed else Counter(batch[2])
+        stopping, *lost = add_up(failed, *(lost[reason] for reason in data.REASONS))
+        if stopping:
+            run.save()
+            add_up(0)  # until process 0 has written it
+            if isinstance(batch, data.LoadingError):
+                raise batch
+            return print0(f"stopped after step {step}; go on with --resume")
+        run.skipped += Counter(dict(zip(data.REASONS, map(int, lost))))
+        parts = split_batch(*batch[:2], c.micro_batch, model.config.vocab_size, run.device)
 
         if len(parts) == 1:
             with run.autocast:
                 image, text, scalars = run.net(*parts[0])
-            metrics = run.loss(image, text, scalars, c.entailment_weight, K)
+            metrics = model.loss(image, text, scalars, c.entailment_weight, K)
             metrics["loss"].backward()
         else:
-            metrics = gradcache_backward(
-                run.net, model, parts, run.autocast, run.loss, c.entailment_weight, K
-            )
+            args = c.entailment_weight, K
+            metrics = gradcache_backward(run.net, model, parts, run.autocast, *args)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
-        run.nonfinite = torch.maximum(run.nonfinite, (~grad_norm.isfinite()).float())
-        optimizer.found_inf = run.nonfinite  # a fused optimizer takes no step where this is 1
+        if not grad_norm.isfinite():  # then on all processes: they have one gradient
+            run.stop_at_nan(metrics, grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         model.clamp_scalars()
@@ -537,15 +509,16 @@ def train(run):
         last = run.step == steps
         reporting = last or run.step % c.log_every == 0
         evaluating = run.val_source and (last or run.step % c.eval_every == 0)
-        saving = last or evaluating or run.step % c.save_every == 0
-        if reporting or saving or run.device.type != "cuda":  # a GPU would have to be waited for
-            run.check_finite(metrics, grad_norm)
+        samples += c.batch_size
         if reporting:
-            run.report(metrics, grad_norm, lr)
-        if saving:
+            speed = samples / (time.monotonic() - since)
+            run.report(metrics, grad_norm=grad_norm.item(), lr=lr, samples_per_second=speed)
+        if last or evaluating or run.step % c.save_every == 0:
             run.save()  # before evaluating, which can take long, or fail
         if evaluating:
             run.evaluate()
+        if reporting or evaluating:
+            since, samples = time.monotonic(), 0
     seconds = time.monotonic() - began
     print0(f"{steps - first} steps in {seconds:.0f} s; {run.path} is ready for evaluate.py")
 
@@ -553,9 +526,8 @@ def train(run):
 @record  # torchrun shows the error of the process that failed first
 def main():
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
-    c, given = parse_args()
     try:
-        run = Run(c, given)
+        run = Run(*parse_args())
     except (ValueError, OSError, dist.DistError) as error:  # what a user can mend
         print(f"train.py: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -87,12 +87,13 @@ def test_ties_count_against_the_model():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_embeddings_that_are_not_finite_are_refused(value):
-    fine, each = torch.ones(6, 3), torch.arange(6)
-    broken = fine.clone()
-    broken[2, 1] = value
-    for images, texts in ((broken, fine), (fine, broken)):
-        with pytest.raises(ValueError, match="1 of 6 .* not finite"):
-            evaluate.retrieval_metrics(inner, images, texts, each)
+    model = small()
+    with torch.no_grad():
+        model.visual.proj[0, 0] = model.text_projection[0, 0] = value
+    with pytest.raises(ValueError, match="2 of 2 image embeddings are not finite"):
+        evaluate.embed_images(model, range(2))
+    with pytest.raises(ValueError, match="1 of 1 text embeddings are not finite"):
+        evaluate.embed_texts(model, ["a red circle"])
 
 
 def test_zero_shot_by_hand_and_no_top5_below_five_classes():
@@ -193,7 +194,7 @@ def test_names_templates_and_folders_that_do_not_fit_are_refused(classes, tmp_pa
     (classes / "c_empty").mkdir()
     with pytest.raises(ValueError, match="c_empty"):
         evaluate.class_folders(classes)
-    with pytest.raises(ValueError, match="0 folders"):
+    with pytest.raises(ValueError, match="no class folders"):
         evaluate.class_folders(classes / "c_empty")
 
 

@@ -198,7 +198,8 @@ def test_each_geometry_starts_as_in_the_paper():
     bends = GEOMETRIES["hyperbolic"].learned_scalars(16)
     assert bends["curvature"] == (0, math.log(0.1), math.log(10))
     assert bends["alpha_img"] == bends["alpha_txt"] == (-math.log(4), -math.inf, math.inf)
-    assert GEOMETRIES["clip"].learned_scalars(16) == GEOMETRIES["euclidean"].learned_scalars(16) == {}
+    for name in ("clip", "euclidean"):
+        assert GEOMETRIES[name].learned_scalars(16) == {}
 
 
 def test_unknown_names_and_cones_of_a_sphere_are_refused():

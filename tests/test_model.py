@@ -325,9 +325,7 @@ def gradients_of(geometry, micro_batch):
         losses = model.loss(*net(*parts[0]), weight, 0.1)
         losses["loss"].backward()
     else:
-        losses = train.gradcache_backward(
-            net, model, parts, nullcontext(), model.loss, weight, 0.1
-        )
+        losses = train.gradcache_backward(net, model, parts, nullcontext(), weight, 0.1)
     values = torch.stack([value.detach().double() for value in losses.values()])
     if several:
         torch.distributed.all_reduce(values)
