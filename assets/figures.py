@@ -1,7 +1,7 @@
 """All drawing: the geometry explained, and what a checkpoint makes of the held-out shapes.
 
     python -m assets.figures geometry assets          # the README's opening picture, and the cones
-    python -m assets.figures out/ckpt.pt out/figures  # distances, levels, traversal, contact sheet
+    python -m assets.figures out/ckpt.pt out/figures  # distances, traversal, contact sheet
 
 Coordinates are pixels, y downwards; in a Panel, the data's. Radii are distances from the root.
 """
@@ -342,31 +342,6 @@ def distances(subjects, path):
     sheet.save(path)
 
 
-def levels(subject, path):
-    """Radius by level of generality, pictures last: box = middle half, whiskers = 5 to 95 %, line =
-    median."""
-    groups = []
-    for level, name in enumerate(data.LEVELS):
-        chosen = sorted({chain[level] for chain in subject.chains})
-        groups.append((name, subject.radius(subject.texts[chosen]), TEXT))
-    groups.append(("pictures", subject.radius(subject.images), IMAGE))
-    sheet, high = Sheet(760, 400), 1.1 * max(np.quantile(radii, 0.95) for _, radii, _ in groups)
-    title = f"{subject.name}: how far captions are from the root, by generality"
-    box, x = (70, 40, 660, 270), (-0.5, len(groups) - 0.5)
-    panel = Panel(sheet, box, x, (0, high), title, "", "distance from the root")
-    for i, (name, radii, colour) in enumerate(groups):
-        low, q1, median, q3, top = np.quantile(radii, (0.05, 0.25, 0.5, 0.75, 0.95))
-        panel.curve((i, i), (low, top), colour)
-        box = *panel.at(i - 0.2, q3), *panel.at(i + 0.2, q1)
-        sheet.rectangle(*box, mixed(colour, 0.35), colour)
-        panel.curve((i - 0.2, i + 0.2), (median, median), colour, 3)
-        x, lines = panel.at(i, 0)[0], textwrap.wrap(name, 20)
-        for n, line in enumerate(lines):
-            sheet.text(x, 318 + 15 * n, line, anchor="ma")
-        sheet.text(x, 318 + 15 * len(lines), f"n = {len(radii)}", 11, FAINT, "ma")
-    sheet.save(path)
-
-
 def balanced(chains):
     """Captions to choose from, as many of each level as there are: those of pictures that share
     none but general ones. Otherwise nearly all would be specific. -> captions, pictures"""
@@ -462,7 +437,7 @@ def main():
         else:
             subject = Subject(args.subject)
             distances([[subject]], args.folder / "distances.png")
-            for draw in (levels, traversal, contact):
+            for draw in (traversal, contact):
                 draw(subject, args.folder / f"{draw.__name__}.png")
     except (ValueError, OSError) as error:
         sys.exit(f"figures.py: {error}")

@@ -78,7 +78,7 @@ def test_a_checkpoint_is_drawn(geometry, weight, tmp_path, monkeypatch, few_held
     monkeypatch.setattr(figures.sys, "argv", ["figures", str(path), str(tmp_path / "drawn")])
     figures.main()
     drawn = {file.stem: Image.open(file) for file in (tmp_path / "drawn").iterdir()}
-    assert set(drawn) == {"distances", "levels", "traversal", "contact"}
+    assert set(drawn) == {"distances", "traversal", "contact"}
     for name, picture in drawn.items():  # something is on the paper, and nothing touches its edge
         pixels = np.asarray(picture.convert("L"), dtype=float)
         edges = [pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]
