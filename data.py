@@ -8,8 +8,9 @@ A data source is one string:
     a folder                     pictures, each with its caption in a .txt of the same name
 
 Sample i can be read, or drawn, without the ones before it. So the batch of step s depends on the
-data, the seed and s alone, whatever the number of processes and of loading workers, and to resume
-a run is to go on counting. A sample that cannot be used is replaced by another one and counted.
+data, the flags and s alone, whatever the number of processes and of loading workers, and to resume
+a run is to go on counting. A sample that cannot be used is counted: in training another one takes
+its place, in evaluation it is left out.
 
 Axes: N samples, T tokens, H, W pixels.
 """
@@ -58,8 +59,10 @@ def clip_encoding():
     """CLIP's byte-pair encoding as a tiktoken Encoding.
 
     In CLIP's vocabulary the last letter of a word carries a mark: c a t</w>. tiktoken knows only
-    bytes, so here the mark is one more byte, a newline, and the word is "cat\\n". Its first merges
-    (every byte with the newline) give back CLIP's marked letters. All later ones are CLIP's own."""
+    bytes, so here the mark is a byte of its own, a newline after the word: "cat\\n". The first
+    merges join every byte with that newline, which gives CLIP's marked letters. The rest are its
+    own.
+    """
     raw = gzip.decompress(tiktoken.load.read_file_cached(CLIP_VOCABULARY, CLIP_SHA256))
     merges = raw.decode().split("\n")[1:48_895]  # a version line first; CLIP uses 48,894
     # CLIP spells a printable byte as itself, the others as chr(256), chr(257), ...
@@ -190,7 +193,8 @@ def load_training_crop(item, size, scale, rng):
     """A random rectangle of the picture, stretched to a square -> uint8 (3, size, size). A JPEG is
     decoded at half, quarter or eighth size (`draft`) where that is enough, which is faster."""
     image = open_image(item)
-    turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF orientation: on its side
+    # EXIF orientation: on its side. (Of a TIFF Pillow gives the upright size.)
+    turned = image.format != "TIFF" and image.getexif().get(0x0112) in (5, 6, 7, 8)
     w, h = image.size[::-1] if turned else image.size
     left, top, right, bottom = random_box(w, h, scale, rng)
     shrink = min(right - left, bottom - top) / size
@@ -221,7 +225,7 @@ LEVELS = ("a shape", "something red / a circle", "a red circle", "a small red ci
 OBJECTS = list(itertools.product(SIZES, COLOURS, POLYGONS))  # 96
 SHAPE_CLASSES = [f"{colour} {kind}" for colour in COLOURS for kind in POLYGONS]  # 48
 SHAPE_TEMPLATES = ["a {}", "a small {}", "a large {}"]
-HELD_OUT = 480  # pictures of one object (ten of each class), and as many of two
+HELD_OUT = 480  # pictures of one object (ten of each class) to evaluate on, and as many of two
 
 
 def mirrored(scene):
@@ -301,8 +305,8 @@ def draw_sample(rng, size):
 
 @lru_cache
 def held_out_scenes():
-    """HELD_OUT scenes of one object, then HELD_OUT of two objects, none of which is ever drawn in
-    training."""
+    """HELD_OUT scenes of one object: known objects, newly drawn. Then HELD_OUT of two objects, in
+    arrangements that are never drawn in training."""
     rng = random.Random("held out")
     ones = [(i % 96, None, None) for i in range(HELD_OUT)]
     twos = itertools.product(range(96), range(4), range(96))
@@ -352,7 +356,7 @@ def list_pictures(folder):
     are followed; hidden files and folders are not data."""
     pictures, others, visited = [], Counter(), set()
     for path, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not is_hidden(name)]
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         if os.path.realpath(path) in visited:  # links can form a loop
             folders.clear()
             continue
@@ -431,15 +435,15 @@ def read_folder(folder):
     for picture in pictures:
         text = Path(picture).with_suffix(".txt")
         text = text if text.exists() else text.with_suffix(".TXT")
-        if text.exists():
+        try:
             pairs.append((picture, parse_captions(text.read_bytes())))
-        else:
-            left_out["no caption"] += 1
+        except OSError as error:
+            left_out["no caption" if isinstance(error, FileNotFoundError) else str(error)] += 1
     return pairs, left_out
 
 
 def expand_braces(pattern):
-    """{a,b}, {000..011} and nested ones, as the shell expands them."""
+    """{a,b}, {000..011} and nested ones, as bash expands them, without {a..c} and steps."""
     match = re.search(r"\{([^{}]*,[^{}]*|\d+\.\.\d+)\}", pattern)
     if not match:
         return [pattern]
@@ -468,10 +472,11 @@ def expand_shards(source):
 
 
 def scan_shard(path):
-    """Headers of a tar -> {name: (offset, size)}, broken links, the byte after which it is damaged
-    or -1. Python's tarfile ends silently at most kinds of damage, so what follows the last member
-    is looked at: zeros, if the archive is undamaged."""
+    """Headers of a tar -> {name: (offset, size)}, the number of broken links, and where damage
+    begins (a byte; -1: nowhere). Python's tarfile takes most damage for the end. But an undamaged
+    archive ends with zeros, so damage is anything else after the last member."""
     members, links, end, total, damaged = {}, {}, 0, os.path.getsize(path), True
+    read_slice(path, 0, 1)  # raises if the file may not be read, which is no damage
     with suppress(Exception):  # tarfile raises nearly anything on noise
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -489,8 +494,9 @@ def scan_shard(path):
 
 
 def make_index(path):
-    """-> int64 (1 + samples, 5). Row 0: the shard's size and time, damage, incomplete samples and
-    broken links. Others: offset and size of picture and caption, is the caption in a .json?"""
+    """-> int64 (1 + samples, 5). Row 0: the shard's size and time, where damage begins, numbers of
+    incomplete samples and of broken links. Then a row per sample: offset and size of the picture,
+    offset and size of the caption, 1 if that is in a .json."""
     stat, (members, broken_links, damage) = os.stat(path), scan_shard(path)
     samples, rows, incomplete = {}, [], 0
     for name, place in members.items():
@@ -519,7 +525,7 @@ def index_shard(path):
             if tuple(index[0, :2]) == (stat.st_size, stat.st_mtime_ns) and index.shape[1] == 5:
                 return index
     index = make_index(path)
-    for file in files:
+    for file in files if index[0, 2] < 0 else ():  # damage may be a disk's that is mended later
         with suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(f"{file}.{os.getpid()}.tmp")
@@ -544,7 +550,10 @@ class Shard:
         return self.count
 
     def __getitem__(self, i):
-        offset, size, text_offset, text_size, in_json = load_index(self.path)[1 + i].tolist()
+        index = load_index(self.path)
+        if len(index) - 1 != self.count:
+            raise OSError(f"{self.path} has changed since it was opened")
+        offset, size, text_offset, text_size, in_json = index[1 + i].tolist()
         captions = parse_captions(read_slice(self.path, text_offset, text_size), in_json)
         return (self.path, offset, size), captions
 
@@ -615,8 +624,8 @@ def permutation(count, *seed):
 
 
 def shuffled(number, count, seed, block=2**16):
-    """Number in the endless stream -> index of a sample. Every epoch has each sample once: blocks
-    of neighbours in random order (a shorter one last), the samples of a block in random order. So
+    """Number in the endless stream -> index of a sample. Every epoch has each sample once. Blocks
+    of neighbours come in random order (a shorter one last), and within a block its samples do. So
     only a few shards are in use at a time."""
     epoch, i = divmod(number, count)
     b, i = divmod(i, block)
@@ -667,7 +676,7 @@ def collate(tokenizer, context_length, samples):
     longest = int((tokens == vocab_size(tokenizer) - 1).int().argmax(1).max()) + 1
     tokens = tokens[:, : 8 * math.ceil(longest / 8)].contiguous()
     if get_worker_info():  # a full /dev/shm raises here; in the worker's queue it would be a hang
-        images.share_memory_()
+        images, tokens = images.share_memory_(), tokens.share_memory_()
     return images, tokens, dict(sum(skipped, Counter()))  # pin_memory would double a Counter
 
 
@@ -691,7 +700,7 @@ def load(dataset, **settings):
         if loader.num_workers:  # torch's handler would raise in mid-step when a worker dies; so it
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # is noticed when a batch is missing
         yield from iterator
-    except (RuntimeError, OSError, EOFError) as error:  # the last two: a worker's pipe
+    except (RuntimeError, MemoryError, OSError, EOFError) as error:  # the last two: a pipe's
         reason = [type(error).__name__, *str(error).strip().splitlines()][-1]
         raise LoadingError(f"loading data failed ({reason}). If memory or /dev/shm is short, use "
                            "fewer --workers, or 0; in Docker: --shm-size=8g") from None  # fmt: skip

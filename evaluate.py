@@ -55,7 +55,8 @@ class Pictures(Dataset):
 
 
 def gather_rows(blocks, total, device):
-    """Rows rank, rank + world_size, ... of `total`, in blocks -> all rows, on every process."""
+    """Of W processes the r-th has embedded rows r, r + W, r + 2 W, ..., in blocks -> all `total`
+    rows in order, on every process."""
     mine = torch.cat(blocks) if blocks else None
     if world_size() == 1:
         return mine
@@ -69,7 +70,7 @@ def gather_rows(blocks, total, device):
 
 
 def refuse_nan(embeddings, what):
-    """Whatever is sorted by similarity, NaN would come first."""
+    """Raises ValueError: sorted by similarity, NaN would come first and look best."""
     bad = int((~embeddings.isfinite()).any(1).sum())
     if bad:
         raise ValueError(f"{bad} of {len(embeddings)} {what} embeddings are not finite")
@@ -108,8 +109,8 @@ def embed_texts(model, texts, batch_size=64):
 
 
 def embed_classes(model, names, templates):
-    """Each class as the mean of its prompts (M, D), as the authors take it: only on the sphere it
-    is normalised again."""
+    """A class is the mean of its prompts (M, D), as the authors have it. On the sphere that mean,
+    shorter than 1, is normalised again."""
     prompts = [template.replace("{}", name) for template in templates for name in names]
     prompts = embed_texts(model, prompts).unflatten(0, (len(templates), len(names)))
     return model.geometry.project(prompts.mean(0))
@@ -164,7 +165,7 @@ def retrieval_metrics(similarity, images, texts, image_of_caption):
     out, chance = {}, {}
     for k in (1, 5, 10):
         out[f"i2t_r{k}"], out[f"t2i_r{k}"] = recall_at_k(i2t, k, M), recall_at_k(t2i, k, N)
-        # of all choices of k texts, those without one of the image's n
+        # of all choices of k texts, the fraction without one of the image's n
         missed = [math.comb(M - n, k) / max(1, math.comb(M, k)) for n in captions]
         chance[f"i2t_r{k}"] = 1 - sum(missed) / len(missed) if k <= M else None
         chance[f"t2i_r{k}"] = k / N if k <= N else None
@@ -228,8 +229,8 @@ def held_out(model, source, pairs, **loading):
 
 
 def last_min_radius(model):
-    """K at the end of the training; None if its loss had no cones. A checkpoint of others does not
-    say: then 0.1, the authors'."""
+    """K of the cones at the end of the training; None if it was trained without cones. Files of
+    others do not say: then the authors' 0.1."""
     c = model.train_config
     if not model.geometry.cones or c.get("entailment_weight", 1) == 0:
         return None
@@ -241,9 +242,10 @@ def last_min_radius(model):
 def traverse(model, images, texts, min_radius=None):
     """Captions on the straight way from each image (N, D) to the root.
 
-    -> for each image [(step, text)]: which text is nearest, from which of S steps on. Text M is the
-    root: always a candidate, and it wins ties. With a min_radius other texts (M, D) are candidates
-    only where their cone holds the point. Source: MERU; EuCLIP, Figures 3 and 5.
+    -> for each image [(step, text)]: each text that is nearest somewhere, and the first of S steps
+    where it is. Text M is the root: always a candidate, and it wins ties. With a min_radius other
+    texts (M, D) are candidates only where their cone holds the point. Source: MERU; EuCLIP, Figures
+    3 and 5.
     """
     geometry, curv, found = model.geometry, model.scalars()[1], []
     root = geometry.root(torch.cat([images, texts]))
@@ -278,7 +280,7 @@ def hierarchy_metrics(model, images, texts):
     general_nearer              how often a caption is nearer the root than the next level's of the
                                 same picture: chance is 0.5
     own_in_cone, other_in_cone  how often a caption's cone holds its own picture, and another one,
-                                of each level; None without cones
+                                of each level ("a shape" is true of both); None without cones
     """
     geometry = model.geometry
     root = geometry.root(torch.cat([images, texts.flatten(0, 1)]))
@@ -370,7 +372,7 @@ def karpathy_split(path, folder, split):
                 items.append(nested if os.path.exists(nested) else flat)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is no Karpathy JSON: images with split, filename, sentences with "
-                         f"raw captions; not {json.dumps(entry)[:200]}") from None  # fmt: skip
+                         f"raw captions; last: {json.dumps(entry)[:200]}") from None  # fmt: skip
     missing = [item for item in items if not os.path.exists(item)]
     if missing:
         raise ValueError(f"{len(missing)} of {len(items)} pictures are not there: {missing[0]}")

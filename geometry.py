@@ -26,8 +26,8 @@ Precision. No term of the law is negative, so nothing cancels. But for all pairs
 from a matrix product, as 1 - cos g, with an error of 1e-7 in float32. Its square root, which the
 logits `arc` and `distance` take, would be noise for near pairs. There `snap` takes a hav below
 4 eps for 0: directions within 1.4e-3 rad, and flat points within 1.4e-3 of their length, count as
-equal. Cones compare row with row and can afford hav = |u - v|^2 / 4, good to 2e-4 of its value
-even at 1e-4 rad. All this wants float32 or float64, no autocast.
+equal. Cones compare row with row and can afford hav = |u - v|^2 / 4: at 1e-4 rad, in 128
+dimensions, its error is 1e-4 of its value. All this wants float32 or float64, no autocast.
 
 A *similarity* is larger for closer points: minus a distance, or a product. Axes: N images and M
 texts, or the other way round; D is the width of the embeddings.
@@ -39,9 +39,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-# Guards: where a derivative is infinite or undefined, the gradient is 0. torch.where alone is not
-# enough: the branch that is not taken gets the gradient 0, times its infinite derivative: nan. So
-# that branch gets a harmless argument. The conditions are false for NaN, which passes through.
+# Guards: where a derivative is infinite or undefined, the gradient shall be 0. torch.where alone
+# does not give that: backward multiplies 0 by the infinite derivative of the unused branch: nan. So
+# the unused branch is computed from a harmless argument. NaN fails all conditions, passes through.
 
 
 def safe_sqrt(x):
@@ -86,6 +86,7 @@ class Geometry:
     It needs `logits` (names of its similarities, the default first), `final_ln` (do both towers end
     with a LayerNorm? In the released weights EuCLIP's do not), `cones`, `embed`, `similarity`, and
     `cone` if it has cones. If it is no vector space, then `root`, `distance_to_root` and `project`.
+    Its `learned_scalars` may be called alpha_img, alpha_txt (they come to `embed`) and curvature.
     """
 
     cones = True  # does it have entailment cones?
@@ -130,9 +131,9 @@ class Geometry:
         return torch.relu(exterior - aperture).squeeze(-1)
 
     def path_to_root(self, x, steps, root=None):
-        """Evenly spaced points on the straight way from embeddings x (N, D) to the root (D,), by
-        default self.root(x) -> (steps, N, D), both ends included. Source: MERU; EuCLIP, Figure 3.
-        """
+        """Points on the straight way from embeddings x (N, D) to the root (D,), by default
+        self.root(x), evenly spaced (on the sphere: before they are projected) -> (steps, N, D),
+        both ends included. Source: MERU; EuCLIP, Figure 3."""
         root = self.root(x) if root is None else root
         t = torch.linspace(0, 1, steps, device=x.device, dtype=x.dtype).view(-1, 1, 1)
         return self.project(torch.lerp(x, root.expand_as(x), t))
@@ -144,7 +145,7 @@ class Sphere(Geometry):
     logits = ("cosine", "arc")
     final_ln = True
     cones = False
-    root_name = "the mean of all text and image embeddings"
+    root_name = "the mean of the text and image embeddings at hand"
 
     def embed(self, features, alpha=None):
         """Features of a tower (N, D) -> unit vectors (N, D)."""
@@ -199,7 +200,7 @@ class Euclidean(Geometry):
         return -safe_sqrt(snap(d2, 2 * sums.detach()))
 
     def cone(self, text, image, min_radius, curv=1.0):
-        """-> exterior angle and half-aperture (..., 1) in rad of text cones and image points."""
+        """-> exterior angle at each text towards its image, half-aperture of the text; (..., 1)."""
         a, u = polar(text)
         b, v = polar(image)
         hav, sin = haversine(u, v)
@@ -248,13 +249,13 @@ class Hyperbolic(Geometry):
         sinh2 = radial.square() + torch.relu(angular)  # sinh^2(d / 2)
         if logit == "inner":
             return -(1 + 2 * sinh2) / curv  # cosh(d) = 1 + 2 sinh^2(d / 2)
-        d = 2 * torch.asinh(safe_sqrt(sinh2))
+        d = 2 * torch.asinh(safe_sqrt(sinh2))  # in units of 1 / sqrt(c)
         if logit == "squared":
             return -d.square() / curv
         return -d / curv**0.5
 
     def cone(self, text, image, min_radius, curv=1.0):
-        """-> exterior angle and half-aperture (..., 1) in rad of text cones and image points."""
+        """-> exterior angle at each text towards its image, half-aperture of the text; (..., 1)."""
         a, u = self.polar(text, curv)
         b, v = self.polar(image, curv)
         hav, sin = haversine(u, v)

@@ -92,8 +92,8 @@ def rank():
 
 
 class AllGather(torch.autograd.Function):
-    """Rows of all processes. Each process has its own loss of these rows, so the gradient of a row
-    is the sum of what all processes have computed for it."""
+    """Rows of all processes. Every process uses my rows in its own loss, so their gradient is the
+    sum of the gradients that all processes have for them."""
 
     @staticmethod
     def forward(ctx, x):  # (N, D)
@@ -214,16 +214,17 @@ def caption_lengths(tokens, vocab_size):
 def pack_tokens(tokens, vocab_size):
     """tokens (N, T) -> int64 (R,): which of all N * T tokens the text tower computes.
 
-    Captions are padded to T tokens; 12 to 20 of 77 are real. Linear layers see these alone,
-    *packed* in one row (R, C). Attention has to know which belong together and sees them *padded*
-    (N, T, C), with zeros for the rest. The result is exact: no token looks at what comes after it.
+    Captions are padded to the longest of the batch; of 77 tokens 12 to 20 are real. Linear layers
+    see these alone, *packed* one below the other (R, C). Attention has to know which belong
+    together and sees them *padded* (N, T, C), with zeros for the rest. The result is exact: no
+    token looks at what comes after it.
     Some padding fills R up to a multiple of N, so that memory of the same size is needed again and
     again. Best called on CPU tokens: to count those of a GPU the CPU would have to wait."""
     N, T = tokens.shape
     lengths = caption_lengths(tokens, vocab_size)
     real = (torch.arange(T, device=tokens.device) < lengths[:, None]).flatten()
-    R = N * math.ceil(int(real.sum()) / N)  # <= N * T
-    return (~real).int().argsort(stable=True)[:R]  # the real ones first
+    R = N * math.ceil(int(real.sum()) / N)
+    return (~real).int().argsort(stable=True)[:R]  # real tokens in their order, then some padding
 
 
 # ------------------------------------------------------------------------------------------------
@@ -285,6 +286,7 @@ class CLIP(nn.Module):
         # F.embedding, because the gradient of table[i] is not reproducible with two CPU threads
         x = self.token_embedding(tokens.flatten().index_select(0, index))  # (R, C)
         x = x + F.embedding(index % T, self.positional_embedding)
+        # captions lie one below the other: running sums of their lengths give their last rows
         end_tokens = caption_lengths(tokens, self.config.vocab_size).cumsum(0) - 1
         x = self.transformer(x, end_tokens, (index, N, T))  # (N, C)
         features = self.ln_final(x) @ self.text_projection  # (N, D)
@@ -331,7 +333,7 @@ class CLIP(nn.Module):
             text_loss = F.cross_entropy(text_logits, match)
             loss = contrastive = (image_loss + text_loss) / 2
             log = {"contrastive": contrastive, "logit_scale": scale, "curvature": curv}
-            if geometry.cones or entailment_weight > 0:  # with a weight the sphere raises
+            if geometry.cones or entailment_weight > 0:  # without cones this raises ValueError
                 outside = geometry.entailment_loss(text, image, min_radius, curv)  # (N,)
                 log["entailment"] = outside.mean()
                 log["in_cone"] = (outside == 0).float().mean()

@@ -5,8 +5,9 @@
     torchrun --nproc_per_node=8 train.py --geometry euclidean      # eight processes share a batch
     python train.py --resume                                       # go on with what is in out/
 
-The batch of step s depends on (seed, s) alone, so a run is the same run on one process or eight,
-and after any number of stops. Its whole state is out/ckpt.pt, its history out/log.jsonl.
+The batch of step s depends on the data, the flags and s alone. So up to rounding a run is the same
+on one process or eight, and after any number of stops. Its whole state is out/ckpt.pt, its history
+out/log.jsonl.
 """
 
 import os
@@ -72,18 +73,19 @@ class TrainConfig:
     beta2: float = flag(0.98, "AdamW's")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: any")
     out_dir: str = flag("out", "for ckpt.pt and log.jsonl")
-    resume: bool = flag(False, "go on from out_dir/ckpt.pt, or start if there is none")
+    resume: bool = flag(False, "go on from out_dir/ckpt.pt with its flags; start if there is none")
     save_every: int = flag(1000, "steps", 1)
     eval_every: int | None = flag(None, "steps; default: five times in all", 1)
     log_every: int = flag(20, "steps", 1)
     device: str | None = flag(None, "default: cuda, else mps, else cpu")
     dtype: str | None = flag(None, "float32 or bfloat16; default: bfloat16 on cuda")
     compile: bool | None = flag(None, "torch.compile; default: on cuda")
-    workers: int | None = flag(None, "loading processes per process; default: cores, at most 8")
+    workers: int | None = flag(None, "loading processes per process; default: its cores, at most 8")
     seed: int = flag(0, "of weights and data")
 
 
-# A resumed run cannot change these flags. All others it can.
+# A resumed run cannot change these flags, but all others. What was worked out from them (warmup,
+# eval_every) stays, unless it is given.
 FIXED = ("geometry", "logit", "model", "final_ln", "quick_gelu", "vision_heads", "text_heads",
          "init_from", "init_logit_scale", "data", "crop_scale", "tokenizer", "batch_size",
          "weight_decay", "beta2", "seed")  # fmt: skip
@@ -109,7 +111,7 @@ def validate(c):
     for f in fields(c):
         value, lowest = getattr(c, f.name), f.metadata["lowest"]
         if isinstance(value, (int, float)) and not lowest <= value < math.inf:
-            raise ValueError(f"--{f.name} must be at least {lowest}, not {value}")
+            raise ValueError(f"--{f.name} must be finite, at least {lowest}, not {value}")
     steps, local = c.samples // c.batch_size, c.batch_size // world_size()
     c.warmup = min(500, steps // 10) if c.warmup is None else c.warmup
     c.eval_every = c.eval_every or max(1, math.ceil(steps / 5))
@@ -155,13 +157,15 @@ def join_processes(name):
             raise ValueError(f"process {local} has no GPU; use --nproc_per_node={gpus}")
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    # Long, for evaluations of hours. When a process fails, torchrun ends the others at once
+    if device.type == "mps":
+        raise ValueError("several processes cannot share mps: use --device cpu")
+    # A day, for evaluations of hours. When a process fails, torchrun ends the others
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     return device
 
 
 def add_up(*numbers):
-    """Sums over all processes, which also wait here for each other. No GPU has to wait."""
+    """Sums over all processes, which also wait here for each other."""
     numbers = torch.tensor(numbers, dtype=torch.float64)
     if world_size() > 1:
         dist.all_reduce(numbers)  # numbers on the CPU travel by gloo
@@ -172,7 +176,8 @@ STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
-    """The first signal ends the training after its step, a second one kills it."""
+    """The first signal ends the training: after the step, or at once if it waits for data. A second
+    one kills it."""
 
     def __init__(self):
         self.received = self.waiting = False
@@ -183,11 +188,11 @@ class StopSignals:
         self.received = True
         for number in STOP:
             signal.signal(number, signal.SIG_DFL)
-        if self.waiting:  # for data, which may never come
+        if self.waiting:  # in `next`, for data that may never come
             raise KeyboardInterrupt
 
     def next(self, batches):
-        """-> a batch, or what came instead: a KeyboardInterrupt, a LoadingError."""
+        """-> a batch, or the exception that came instead: KeyboardInterrupt or LoadingError."""
         try:
             self.waiting = True
             return KeyboardInterrupt() if self.received else next(batches)
@@ -312,7 +317,8 @@ def find_checkpoint(path, c, given):
     if not {"optimizer", "train_config", "config", "step"} <= set(checkpoint):
         raise ValueError(f"{path} has no optimizer state: evaluate it, or use --init_from")
     for name in given & set(FIXED):
-        mine, its = getattr(c, name), checkpoint["train_config"].get(name)
+        mine = getattr(c, name)
+        its = checkpoint["config"].get(name, checkpoint["train_config"].get(name))
         if mine != its:
             raise ValueError(f"{path} was trained with --{name} {its}, not {mine}")
     return checkpoint
@@ -325,19 +331,21 @@ def open_log(path, step):
     log = open(path, "a+")
     try:
         fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loading processes do not inherit it
-    except OSError:
+    except (BlockingIOError, PermissionError):
         raise ValueError(f"another run writes to {path.parent}; use another --out_dir") from None
     log.seek(0)
-    lines = log.read().splitlines()
-    log.truncate(0)
-    for line in lines:
-        if line.endswith("}") and json.loads(line)["step"] <= step:
-            print(line, file=log, flush=True)
+    kept = 0
+    for line in log.read().splitlines(keepends=True):
+        if not line.endswith("}\n") or json.loads(line)["step"] > step:
+            break
+        kept += len(line)
+    log.truncate(kept)
     return log
 
 
 class Run:
-    """What a training consists of, new or as it was when it stopped. Raises ValueError."""
+    """Model, optimizer, data and log of a training, new or as it was when it stopped. Raises
+    ValueError, OSError."""
 
     def __init__(self, c, given):
         self.device = join_processes(c.device)
@@ -355,7 +363,9 @@ class Run:
         self.skipped = Counter()
         if checkpoint:
             self.step = checkpoint["step"]
-            self.skipped.update(checkpoint["skipped"])
+            self.skipped.update(checkpoint.get("skipped", {}))
+        if add_up(self.step)[0] != self.step * world_size():
+            raise ValueError(f"processes see different {self.path}: it must be on a shared disk")
         if rank() == 0:
             self.log = open_log(self.path.with_name("log.jsonl"), self.step)
         model = CLIP(Config(**checkpoint["config"])) if checkpoint else build_model(c)
@@ -374,11 +384,11 @@ class Run:
         if not first:
             add_up(0)  # wait until process 0 has indexed all shards
         source, left_out = data.open_source(c.data, verbose=first)
-        if first:
-            add_up(0)
         self.val_source = evaluate.held_out_source(asdict(c))
         if self.val_source:
             self.held_out = data.held_out_pairs(self.val_source, verbose=first)
+        if first:
+            add_up(0)
         self.batches = data.batches(
             source, self.model.config, c.batch_size, c.crop_scale, c.seed, rank(), world_size(),
             c.workers, self.step, pin_memory=self.device.type == "cuda",
@@ -437,6 +447,10 @@ class Run:
                 results = evaluate.held_out(*task, workers=self.c.workers)
         except ValueError as error:  # such as pictures that are gone
             return print0(f"warning: no evaluation: {error}")
+        except data.LoadingError:
+            if not self.stop.received:  # a SIGTERM to all processes ends loading ones as well
+                raise
+            return  # the next step notices the signal
         metrics = {}
         for task in results.values():
             metrics |= {f"val_{k}": v for k, v in task.items() if isinstance(v, float)}
@@ -479,6 +493,7 @@ def train(run):
 
         batch = run.stop.next(run.batches)
         failed = isinstance(batch, BaseException)
+        # one sum tells all processes whether any must stop, and how many samples were skipped
         lost = Counter() if failed else Counter(batch[2])
         stopping, *lost = add_up(failed, *(lost[reason] for reason in data.REASONS))
         if stopping:
@@ -523,7 +538,7 @@ def train(run):
     print0(f"{steps - first} steps in {seconds:.0f} s; {run.path} is ready for evaluate.py")
 
 
-@record  # torchrun shows the error of the process that failed first
+@record  # torchrun shows the traceback of the process that failed first
 def main():
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:

@@ -29,6 +29,7 @@ from geometry import GEOMETRIES
 
 CODE = ("geometry.py", "model.py", "data.py", "evaluate.py", "train.py")
 OUT, SAMPLES, SEEDS, FEWER = ROOT / "out_study", 90_000, 10, 4
+COMMON = ["--batch_size", 128, "--lr", 3e-3, "--device", "cpu", "--workers", 0]
 DEFAULT = {g: f"{g}-{geometry.logits[0]}" for g, geometry in GEOMETRIES.items()}
 WITH_CONES = {g: f"{DEFAULT[g]}-0.2" for g, geometry in GEOMETRIES.items() if geometry.cones}
 
@@ -55,7 +56,7 @@ def runs():
 def refuse_to_mix(out, samples):
     """A digest of all that decides what comes out, code and flags, stands beside the runs."""
     code = b"".join((ROOT / name).read_bytes() for name in CODE)
-    mine = hashlib.sha256(code + json.dumps([samples, runs()]).encode()).hexdigest()
+    mine = hashlib.sha256(code + json.dumps([samples, COMMON, runs()]).encode()).hexdigest()
     if not (out / "digest").exists():
         (out / "digest").write_text(mine)
     if (out / "digest").read_text() != mine:
@@ -85,12 +86,11 @@ def one(folder, flags, seed, samples):
         return
     refuse_to_mix(folder.parent, samples)
     folder.mkdir(parents=True, exist_ok=True)
-    common = ["--device", "cpu", "--workers", 0]
     run = ["--seed", seed, "--samples", samples, "--out_dir", folder, "--resume"]
     if not is_trained(folder, samples):
-        call(["train.py", *flags, *run, *common], folder / "train.txt")
+        call(["train.py", *flags, *run, *COMMON], folder / "train.txt")
     if is_trained(folder, samples):
-        command = ["evaluate.py", folder / "ckpt.pt", "--json", evaluated, *common]
+        command = ["evaluate.py", folder / "ckpt.pt", "--json", evaluated, "--workers", 0]
         call(command, folder / "evaluate.txt")
     refuse_to_mix(folder.parent, samples)  # has the code changed in the meantime?
     if evaluated.exists():
@@ -259,12 +259,16 @@ def main():
     refuse_to_mix(out, args.samples)
     torch.set_num_threads(1)
 
-    began, pool, waiting = time.monotonic(), ThreadPoolExecutor(args.jobs), []
+    began, pool = time.monotonic(), ThreadPoolExecutor(args.jobs)
+    first, second = [], []  # the main runs first
     for seed in range(args.seeds):
         for name, (most, flags) in runs().items():
-            if seed < most:
-                run = (out / f"{name}-s{seed}", flags, seed, args.samples)
-                waiting.append(pool.submit(one, *run))
+            run = (out / f"{name}-s{seed}", flags, seed, args.samples)
+            if most == SEEDS:
+                first.append(run)
+            elif seed < most:
+                second.append(run)
+    waiting = [pool.submit(one, *run) for run in first + second]
     try:
         for run in waiting:
             run.result()
