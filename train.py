@@ -64,11 +64,11 @@ class TrainConfig:
     val_data: str | None = flag(None, "held-out data, likewise; shapes has its own")
     crop_scale: float = flag(0.9, "smallest fraction of a picture's area that a crop keeps")
     tokenizer: str | None = flag(None, "bytes, clip, or tiktoken's; default: bytes for tiny")
-    batch_size: int = flag(128, "over all processes", 2)
+    batch_size: int = flag(64, "over all processes", 2)
     micro_batch: int = flag(0, "samples per process and pass, if memory is short; 0: all at once")
-    samples: int = flag(90_000, "how many to see")
-    lr: float = flag(3e-3, "at its peak; after the warm-up it falls to 0 by a cosine")
-    warmup: int | None = flag(None, "steps; default: a tenth of all, 500 at most")
+    samples: int = flag(45_000, "how many to see")
+    lr: float = flag(1.5e-3, "at its peak; after the warm-up it falls to 0 by a cosine")
+    warmup: int | None = flag(None, "steps; default: two fifths of all, 500 at most")
     weight_decay: float = flag(0.2, "on matrices only")
     beta2: float = flag(0.98, "AdamW's")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: any")
@@ -113,7 +113,7 @@ def validate(c):
         if isinstance(value, (int, float)) and not lowest <= value < math.inf:
             raise ValueError(f"--{f.name} must be finite, at least {lowest}, not {value}")
     steps, local = c.samples // c.batch_size, c.batch_size // world_size()
-    c.warmup = min(500, steps // 10) if c.warmup is None else c.warmup
+    c.warmup = min(500, steps * 2 // 5) if c.warmup is None else c.warmup
     c.eval_every = c.eval_every or max(1, math.ceil(steps / 5))
     c.workers = evaluate.cores() if c.workers is None else c.workers
     for wrong, message in (
