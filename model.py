@@ -340,9 +340,10 @@ class CLIP(nn.Module):
                 log["in_cone"] = (outside == 0).float().mean()
                 if entailment_weight > 0:
                     loss = contrastive + entailment_weight * outside.mean()
-            root = geometry.root(torch.cat([all_image, all_text]))
-            log["text_radius"] = geometry.distance_to_root(text, root).mean()
-            log["image_radius"] = geometry.distance_to_root(image, root).mean()
+            with torch.no_grad():
+                root = geometry.root(torch.cat([all_image, all_text]))
+                log["text_radius"] = geometry.distance_to_root(text, root).mean()
+                log["image_radius"] = geometry.distance_to_root(image, root).mean()
         return {"loss": loss} | {name: value.detach() for name, value in log.items()}
 
     def bounds(self):

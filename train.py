@@ -420,7 +420,7 @@ class Run:
             print(f"step {self.step}/{self.steps}  {text}", flush=True)
 
     def report(self, metrics, **more):
-        totals = add_up(*(value.item() for value in metrics.values()))
+        totals = add_up(*torch.stack(list(metrics.values())).tolist())
         means = {name: total / world_size() for name, total in zip(metrics, totals)}
         self.write(means | more | {"skipped": self.skipped.total()})
         for name, bounds in self.model.bounds().items():
@@ -441,10 +441,10 @@ class Run:
 
     def evaluate(self):
         """By all processes, each a part, in the precision of the training."""
-        task = self.model, self.val_source, self.held_out
+        args = self.model, self.val_source, self.held_out
         try:
             with self.autocast:
-                results = evaluate.held_out(*task, workers=self.c.workers)
+                results = evaluate.held_out(*args, workers=self.c.workers)
         except ValueError as error:  # such as pictures that are gone
             return print0(f"warning: no evaluation: {error}")
         except data.LoadingError:
