@@ -32,6 +32,12 @@ OUT, SAMPLES, SEEDS, FEWER = ROOT / "out_study", 90_000, 10, 4
 COMMON = ["--batch_size", 128, "--lr", 3e-3, "--device", "cpu", "--workers", 0]
 DEFAULT = {g: f"{g}-{geometry.logits[0]}" for g, geometry in GEOMETRIES.items()}
 WITH_CONES = {g: f"{DEFAULT[g]}-0.2" for g, geometry in GEOMETRIES.items() if geometry.cones}
+WIDER = (  # cones: run, K, more flags
+    ("euclidean-squared-0.2", "0.3", ()),
+    ("euclidean-squared-0.2", "0.3", ("--final_min_radius", "0.1")),
+    ("euclidean-squared-0.2", "0.6", ()),
+    ("hyperbolic-distance-0.2", "0.3", ()),
+)
 
 
 def runs():
@@ -47,9 +53,9 @@ def runs():
                 table[f"{name}-0.2"] = seeds, [*flags, "0.2"]
         name, other = ("no_ln", "--no-final_ln") if geometry.final_ln else ("ln", "--final_ln")
         table[f"{g}-{name}"] = SEEDS, ["--geometry", g, other]
-    name, cones = "euclidean-squared-0.2", table["euclidean-squared-0.2"][1]
-    for K, more in (("K0.3", []), ("K0.3to0.1", ["--final_min_radius", "0.1"])):
-        table[f"{name}-{K}"] = FEWER, [*cones, "--min_radius", "0.3", *more]
+    for name, K, more in WIDER:
+        flags = [*table[name][1], "--min_radius", K, *more]
+        table[f"{name}-K{K}{'-falling' if more else ''}"] = FEWER, flags
     return table
 
 
