@@ -290,7 +290,8 @@ def hierarchy_metrics(model, images, texts):
            "general_nearer": (radius[:-1] < radius[1:]).double().mean().item(),
            "own_in_cone": None, "other_in_cone": None}  # fmt: skip
     if geometry.cones:
-        K = last_min_radius(model) or model.train_config.get("min_radius", 0.1)
+        K = last_min_radius(model)
+        K = model.train_config.get("min_radius", 0.1) if K is None else K
         others = images.roll(len(images) // 2, 0)
         for name, points in (("own_in_cone", images), ("other_in_cone", others)):
             outside = geometry.entailment_loss(texts, points, K, model.scalars()[1])  # (L, N)
@@ -304,7 +305,7 @@ def traversal(model, pictures, captions, **loading):
         raise ValueError(f"{captions} has no captions")
     images, kept = embed_images(model, pictures, **loading)
     found = traverse(model, images, embed_texts(model, texts), K)
-    among = f" whose cone holds the point (K = {K:g})" if K else ""
+    among = "" if K is None else f" whose cone holds the point (K = {K:g})"
     root = model.geometry.root_name
     what = f"{STEPS} steps to the root ({root}), nearest of {len(texts)} captions{among}"
     texts.append("[ROOT]")

@@ -102,7 +102,8 @@ def one(folder, flags, seed, samples):
     if evaluated.exists():
         metrics, subject = json.loads(evaluated.read_text()), figures.Subject(folder / "ckpt.pt")
         metrics["traversal"] = traversal_metrics(subject)
-        if K := evaluate.last_min_radius(subject.model):
+        K = evaluate.last_min_radius(subject.model)
+        if K is not None:
             metrics["traversal_in_cones"] = traversal_metrics(subject, K)
         result.write_text(json.dumps(metrics))
 
