@@ -25,7 +25,6 @@ from model import load_model
 
 PAPER, INK, FAINT, GRID = "#fcfcfa", "#24292f", "#6e7781", "#dfe3e8"  # for light and dark pages
 TEXT, IMAGE, GOOD, BAD = "#d1741c", "#2464a8", "#1f7a3a", "#c62f2f"
-LINES = [IMAGE, TEXT, GOOD, "#8a3fa0", BAD, FAINT, "#0f9aa8", "#b59a00"]
 
 # ------------------------------------------------------------------------------------------------
 # a sheet of paper, and axes on it
@@ -108,13 +107,13 @@ class Panel:
         self.sheet, self.box, self.x, self.y = sheet, box, x, y
         left, top, width, height = box
         for value in ticks(*y):
-            self.curve(x, (value, value), GRID, 1)
+            sheet.line([self.at(x[0], value), self.at(x[1], value)], GRID)
             sheet.text(left - 6, self.at(0, value)[1], f"{value:g}", 11, FAINT, "rm")
-        for value in ticks(*x) if x_label else []:
+        for value in ticks(*x):
             at, bottom = self.at(value, y[0])
             sheet.line([(at, bottom), (at, bottom + 4)], FAINT)
             sheet.text(at, bottom + 6, f"{value:g}", 11, FAINT, "ma")
-        self.curve(x, (y[0], y[0]), FAINT, 1)
+        sheet.line([(left, top + height), (left + width, top + height)], FAINT)
         sheet.text(left, top - 20, title, 13)
         sheet.text(left + width / 2, top + height + 22, x_label, 11, FAINT, "ma")
         sheet.upright(left - 44, top + height / 2, y_label)
@@ -125,8 +124,6 @@ class Panel:
         up = (y - self.y[0]) / (self.y[1] - self.y[0])
         return left + width * right, top + height * (1 - up)
 
-    def curve(self, xs, ys, colour, width=2.0, dash=None):
-        self.sheet.line([self.at(x, y) for x, y in zip(xs, ys)], colour, width, dash)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -324,6 +321,7 @@ def distances_panel(sheet, subject, left, top, width, height):
         sheet.pen.polygon((2 * np.ravel(outline)).tolist(), colour + "5a")
         sheet.line(outline, colour, 1.5)
     words = [f"{name}, n = {len(r)}" for name, r in radii.items()]
+    sheet.rectangle(left + width - 114, top, left + width, top + 36, PAPER)
     sheet.legend(left + width - 110, top + 2, zip((TEXT, IMAGE), words))
 
 
@@ -400,28 +398,6 @@ def contact(subject, path):
                 sheet.text(left + 116, y, line, 10, colour)
                 y += 15
             y += 6
-    sheet.save(path)
-
-
-# ------------------------------------------------------------------------------------------------
-# a study
-
-
-def curves(groups, path, title, x_label, y_label, dashed=()):
-    """groups: name -> xs, [ys of each seed] -> a line through the means (dashed: names), whiskers
-    from the lowest to the highest seed."""
-    sheet, high = Sheet(760, 380), max(max(xs) for xs, _ in groups.values())
-    top = max(np.max(seeds) for _, seeds in groups.values())
-    x, y = (0, 1.04 * high), (0, 1.05 * top)
-    panel = Panel(sheet, (70, 40, 460, 280), x, y, title, x_label, y_label)
-    for n, (name, (xs, seeds)) in enumerate(groups.items()):
-        xs = np.array(xs) + (n - (len(groups) - 1) / 2) * 0.008 * high
-        for x, low, top in zip(xs, np.min(seeds, 0), np.max(seeds, 0)):
-            panel.curve((x, x), (low, top), mixed(LINES[n], 0.6), 1.5)
-        panel.curve(xs, np.mean(seeds, 0), LINES[n], dash=3 if name in dashed else None)
-        sheet.legend(550, 44 + 16 * n, [(LINES[n], f"{name}, n = {len(seeds)}")])
-    for n, words in enumerate(("whiskers: lowest to highest seed,", "set side by side to be seen")):
-        sheet.text(550, 52 + 16 * (len(groups) + n), words, 11, FAINT)
     sheet.save(path)
 
 

@@ -1,4 +1,4 @@
-"""The study: every geometry, logit and entailment weight on the built-in shapes, by several seeds.
+"""The study: geometries, logits, final LayerNorms and cones on the built-in shapes, by seeds.
 
     python tests/study.py                                          # out_study/, assets/results.md
     python tests/study.py --samples 9_000 --seeds 2 --out out_try  # all of it in out_try/
@@ -46,11 +46,10 @@ def runs():
     table = {}
     for g, geometry in GEOMETRIES.items():
         for logit in geometry.logits:
-            name, seeds = f"{g}-{logit}", SEEDS if logit == geometry.logits[0] else FEWER
-            flags = ["--geometry", g, "--logit", logit, "--entailment_weight"]
-            table[name] = seeds, [*flags, "0"]
-            if geometry.cones:
-                table[f"{name}-0.2"] = seeds, [*flags, "0.2"]
+            seeds = SEEDS if logit == geometry.logits[0] else FEWER
+            table[f"{g}-{logit}"] = seeds, ["--geometry", g, "--logit", logit]
+        if geometry.cones:
+            table[WITH_CONES[g]] = SEEDS, ["--geometry", g, "--entailment_weight", "0.2"]
         name, other = ("no_ln", "--no-final_ln") if geometry.final_ln else ("ln", "--final_ln")
         table[f"{g}-{name}"] = SEEDS, ["--geometry", g, other]
     for name, K, more in WIDER:
@@ -235,23 +234,14 @@ def report(found, samples):
     return "\n".join(parts) + "\n"
 
 
-def draw(out, found, folder, samples):
-    """R@1 during training; distances from the root in the first seed."""
-    groups, first = {}, {}
+def draw(out, found, path):
+    """Distances from the root in the first seed, without and with entailment loss."""
+    subjects = {}
     for name in (*DEFAULT.values(), *WITH_CONES.values()):
-        curves = []
-        for seed in found[name]:
-            log = [line for line in log_of(out / f"{name}-s{seed}") if "val_mean_r1" in line]
-            curves.append([100 * line["val_mean_r1"] for line in log])
-        xs = [line["step"] / log[-1]["step"] * samples / 1000 for line in log]
-        groups[name] = xs, curves
-        first[name] = figures.Subject(out / f"{name}-s{min(found[name])}" / "ckpt.pt")
-    title = "three geometries, without and (dashed) with entailment loss"
-    labels = (title, "samples seen, thousands", "held-out R@1, %")
-    figures.curves(groups, folder / "curves_geometries.png", *labels, WITH_CONES.values())
-    without = [first[DEFAULT[g]] for g in GEOMETRIES]
-    with_cones = [first.get(WITH_CONES.get(g)) for g in GEOMETRIES]
-    figures.distances([without, with_cones], folder / "distances.png")
+        subjects[name] = figures.Subject(out / f"{name}-s{min(found[name])}" / "ckpt.pt")
+    without = [subjects[DEFAULT[g]] for g in GEOMETRIES]
+    with_cones = [subjects.get(WITH_CONES.get(g)) for g in GEOMETRIES]
+    figures.distances([without, with_cones], path)
 
 
 def main():
@@ -287,7 +277,7 @@ def main():
     found, folder = finished(out, args.seeds), ROOT / "assets" if default else out
     (folder / "results.md").write_text(report(found, args.samples))
     if {*DEFAULT.values(), *WITH_CONES.values()} <= set(found):
-        draw(out, found, folder, args.samples)
+        draw(out, found, folder / "distances.png")
     hours = (time.monotonic() - began) / 3600
     print(f"{folder / 'results.md'}: this call took {hours:.2f} hours, {args.jobs} runs at once")
 

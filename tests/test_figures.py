@@ -89,18 +89,14 @@ def test_a_checkpoint_is_drawn(geometry, weight, tmp_path, monkeypatch, few_held
 # the study
 
 
-def test_the_study_has_every_logit_with_and_without_entailment():
-    cells = set()
-    for _, flags in study.runs().values():
-        if "--logit" in flags and "--min_radius" not in flags:
-            cells.add(tuple(flags[1:6:2]))
-    expected = set()
-    for name, geometry in GEOMETRIES.items():
-        for logit in geometry.logits:
-            expected |= {(name, logit, weight) for weight in ("0", "0.2")[: 1 + geometry.cones]}
-    assert cells == expected
-    assert len(study.runs()) == len(cells) + 3 + 2  # final LayerNorms, wider cones
-    assert set().union(*study.comparisons()) == set(study.runs())
+def test_the_study_has_every_logit_and_the_entailment_loss_of_both_defaults():
+    runs = study.runs()
+    logits = {f"{name}-{logit}" for name, g in GEOMETRIES.items() for logit in g.logits}
+    assert logits < set(runs)
+    cones = {name for name, (_, flags) in runs.items() if "--entailment_weight" in flags}
+    assert {name.split("-0.2")[0] for name in cones} == {study.DEFAULT[g] for g in study.WITH_CONES}
+    assert len(runs) == len(logits) + len(cones) + 3  # the other choice of final LayerNorms
+    assert set().union(*study.comparisons()) == set(runs)
 
 
 def test_main_runs_have_more_seeds_than_variants():
