@@ -250,19 +250,16 @@ def random_scene(rng, two):
     return random_scene(rng, two) if is_held_out(scene) else scene
 
 
-def describe(scene, level, rng=None):
-    """A caption of a scene, from the most general level, 0, to the most specific: see LEVELS."""
+def describe(scene, rng):
+    """-> all captions of a scene, from general to specific: see LEVELS. One object has four."""
     first, relation, second = scene
     size, colour, kind = OBJECTS[first]
-    if level == 0:
-        return "a shape"
-    if level == 1:
-        return f"something {colour}" if rng.random() < 0.5 else f"a {kind}"
-    if level == 2:
-        return f"a {colour} {kind}"
-    if level == 3:
-        return f"a {size} {colour} {kind}"
-    return f"a {size} {colour} {kind} {list(RELATIONS)[relation]} a {' '.join(OBJECTS[second])}"
+    half = f"something {colour}" if rng.random() < 0.5 else f"a {kind}"
+    captions = ["a shape", half, f"a {colour} {kind}", f"a {size} {colour} {kind}"]
+    if second is not None:
+        other = " ".join(OBJECTS[second])
+        captions.append(f"{captions[-1]} {list(RELATIONS)[relation]} a {other}")
+    return captions
 
 
 def draw(scene, rng, size):
@@ -301,7 +298,7 @@ def draw_sample(rng, size):
     scene, at = random_scene(rng, two), rng.random()
     bounds = (0.03, 0.08, 0.25, 0.45) if two else (0.03, 0.10, 0.40)  # level 0 below the first
     level = sum(at >= bound for bound in bounds)
-    return to_tensor(draw(scene, rng, size)), describe(scene, level, rng)
+    return to_tensor(draw(scene, rng, size)), describe(scene, rng)[level]
 
 
 @lru_cache
@@ -319,8 +316,7 @@ def held_out_scenes():
 def held_out_levels():
     """The captions of each held-out picture of two objects, one per level."""
     rng = random.Random("levels")
-    scenes = held_out_scenes()[HELD_OUT:]
-    return [[describe(scene, level, rng) for level in range(len(LEVELS))] for scene in scenes]
+    return [describe(scene, rng) for scene in held_out_scenes()[HELD_OUT:]]
 
 
 def load_item(item, size):
@@ -599,8 +595,8 @@ def held_out_pairs(source, verbose=True):
     """A source, for evaluation -> items (for `load_item`), captions, each caption's item (index),
     a Counter of what was left out. A picture in several rows is one item with several captions."""
     if source == "shapes":
-        items = list(range(HELD_OUT, 2 * HELD_OUT))
-        return items, [describe(held_out_scenes()[i], 4) for i in items], range(HELD_OUT), Counter()
+        captions = [levels[-1] for levels in held_out_levels()]  # the most specific
+        return range(HELD_OUT, 2 * HELD_OUT), captions, range(HELD_OUT), Counter()
     captions_of, (samples, left_out) = {}, open_source(source, verbose)
     for i in range(len(samples)):
         try:
