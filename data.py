@@ -264,23 +264,21 @@ def describe(scene, rng):
 
 def draw(scene, rng, size):
     """A scene -> RGB image: place, size, shade and background vary. Drawn twice as large."""
-
-    def vary(middle, spread):
-        return int(middle + (2 * rng.random() - 1) * spread)
-
-    grey = vary(30, 20)  # on backgrounds of any grey a small ViT would need several times as many
-    canvas = Image.new("RGB", (2 * size, 2 * size), (grey, grey, vary(grey, 12)))
+    grey = int(rng.uniform(10, 50))  # dark: on any grey a small ViT needs several times the samples
+    blue = int(rng.uniform(grey - 12, grey + 12))
+    canvas = Image.new("RGB", (2 * size, 2 * size), (grey, grey, blue))
     pen = ImageDraw.Draw(canvas)
     first, relation, second = scene
-    dx, dy = (0, 0) if second is None else list(RELATIONS.values())[relation]
-    objects = [(first, 1)] if second is None else [(first, 1), (second, -1)]
-    for index, side in objects:  # two objects are on opposite sides
+    objects = [(first, 0, 0)]
+    if second is not None:
+        dx, dy = list(RELATIONS.values())[relation]
+        objects = [(first, dx, dy), (second, -dx, -dy)]  # on opposite sides
+    for index, dx, dy in objects:
         object_size, colour, kind = OBJECTS[index]
-        low, high = SIZES[object_size]
-        r = vary((low + high) / 2, (high - low) / 2) * size // 1000
-        x = (1000 + side * dx * 520 + vary(0, 60)) * size // 1000
-        y = (1000 + side * dy * 520 + vary(0, 60)) * size // 1000
-        fill = tuple(min(255, max(0, vary(c, 18))) for c in COLOURS[colour])
+        r = int(rng.uniform(*SIZES[object_size])) * size // 1000
+        x = (1000 + 520 * dx + int(rng.uniform(-60, 60))) * size // 1000
+        y = (1000 + 520 * dy + int(rng.uniform(-60, 60))) * size // 1000
+        fill = tuple(min(255, int(rng.uniform(c - 18, c + 18))) for c in COLOURS[colour])
         box = (x - r, y - r, x + r, y + r)
         if kind == "circle":
             pen.ellipse(box, fill)
