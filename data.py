@@ -165,9 +165,8 @@ def load_image(path, size):
     side to `size`, bicubic, then the centre square. Raises what Pillow raises."""
     image = to_rgb(open_image(path))
     w, h = image.size
-    limit = 16 * min(w, h)
-    if max(w, h) > limit:  # of a strip, cut off what the crop never sees, before it gets huge
-        x, y = (w - min(w, limit)) // 2, (h - min(h, limit)) // 2
+    x, y = max(0, w - 16 * h) // 2, max(0, h - 16 * w) // 2
+    if x or y:  # of a strip, cut off what the crop never sees, before it gets huge
         image = image.crop((x, y, w - x, h - y))
         w, h = image.size
     w, h = size * w // min(w, h), size * h // min(w, h)
