@@ -678,15 +678,11 @@ class LoadingError(RuntimeError):
     """No data can come any more."""
 
 
-def no_message(*error):
-    pass
-
-
 def prepare_worker(worker):
     """The training decides when to stop, so its workers ignore Ctrl-C and SIGUSR1, which can come
     to all processes. SIGTERM ends them at once: they must not inherit the training's handler. Their
     errors reach the training by its queue; what else is printed is of memory nobody fetches."""
-    sys.excepthook = no_message
+    sys.excepthook = lambda *error: None
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
