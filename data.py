@@ -444,8 +444,7 @@ def expand_braces(pattern):
     items = match[1].split(",")
     if len(items) == 1:
         first, last = match[1].split("..")
-        padded = any(len(bound) > 1 and bound.startswith("0") for bound in (first, last))
-        width = max(len(first), len(last)) if padded else 0
+        width = max(len(first), len(last)) if re.search(r"\b0\d", match[1]) else 0
         step = 1 if int(first) <= int(last) else -1
         items = [str(i).zfill(width) for i in range(int(first), int(last) + step, step)]
     before, after = pattern[: match.start()], pattern[match.end() :]
