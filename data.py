@@ -469,18 +469,18 @@ def scan_shard(path):
     begins (a byte; -1: nowhere). Python's tarfile takes most damage for the end. But an undamaged
     archive ends with zeros, so damage is anything else after the last member."""
     members, links, end, total, damaged = {}, {}, 0, os.path.getsize(path), True
-    read_slice(path, 0, 1)  # raises if the file may not be read, which is no damage
-    with suppress(Exception):  # tarfile raises nearly anything on noise
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                name = os.path.normpath(member.name)
-                folder = os.path.dirname(name) if member.issym() else ""
-                if member.islnk() or member.issym():
-                    links[name] = os.path.normpath(os.path.join(folder, member.linkname))
-                elif member.isfile() and member.offset_data + member.size <= total:
-                    members.setdefault(name, (member.offset_data, member.size))
-                end = min(total, tar.offset)  # where the next header begins
-        rest = read_slice(path, end, 2**20)
+    with open(path, "rb") as file, suppress(Exception):  # tarfile raises nearly anything on noise
+        tar = tarfile.open(fileobj=file, mode="r:")
+        for member in tar:
+            name = os.path.normpath(member.name)
+            folder = os.path.dirname(name) if member.issym() else ""
+            if member.islnk() or member.issym():
+                links[name] = os.path.normpath(os.path.join(folder, member.linkname))
+            elif member.isfile() and member.offset_data + member.size <= total:
+                members.setdefault(name, (member.offset_data, member.size))
+            end = min(total, tar.offset)  # where the next header begins
+        file.seek(end)
+        rest = file.read(2**20)
         damaged = len(rest) < 512 or any(rest)
     members |= {name: members[target] for name, target in links.items() if target in members}
     return members, sum(name not in members for name in links), end if damaged else -1
