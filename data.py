@@ -543,10 +543,7 @@ class Shard:
         return self.count
 
     def __getitem__(self, i):
-        index = load_index(self.path)
-        if len(index) - 1 != self.count:
-            raise OSError(f"{self.path} has changed since it was opened")
-        offset, size, text_offset, text_size, in_json = index[1 + i].tolist()
+        offset, size, text_offset, text_size, in_json = load_index(self.path)[1 + i].tolist()
         captions = parse_captions(read_slice(self.path, text_offset, text_size), in_json)
         return (self.path, offset, size), captions
 
