@@ -234,10 +234,9 @@ def min_radius(step, steps, first, last):
 
 def build_model(c):
     torch.manual_seed(c.seed)  # the same weights on every process
-    names = ("geometry", "logit", "quick_gelu", "vision_heads", "text_heads")
-    settings = {name: getattr(c, name) for name in names}
+    settings = {name: getattr(c, name) for name in evaluate.OVERRIDES}
     if c.init_from:
-        model = load_model(c.init_from, **settings, tokenizer=c.tokenizer).train()
+        model = load_model(c.init_from, **settings).train()
         if c.final_ln not in (None, model.config.final_ln):
             raise ValueError(f"{c.init_from} has final_ln {model.config.final_ln}: leave it out")
         if data.vocab_size(model.config.tokenizer) != model.config.vocab_size:
@@ -245,17 +244,15 @@ def build_model(c):
         if c.init_logit_scale is not None:
             model.logit_scale.data.fill_(c.init_logit_scale)
         return model
-    tokenizer = c.tokenizer or ("bytes" if c.model == "tiny" else "clip")
     scale = c.init_logit_scale
     if scale is None and c.data == "shapes":  # few samples: see README, "Pitfalls"
         scale = {"squared": 2.0, "cosine": 3.4, "arc": 3.4}.get(c.logit, 3.0)
     elif scale is None:
         scale = GEOMETRIES[c.geometry].init_logit_scale(c.logit, cones=c.entailment_weight > 0)
-    settings |= {"quick_gelu": bool(c.quick_gelu), "final_ln": c.final_ln, "tokenizer": tokenizer}
-    vocab_size = data.vocab_size(tokenizer)
-    return CLIP(
-        Config(**PRESETS[c.model], **settings, init_logit_scale=scale, vocab_size=vocab_size)
-    )
+    tokenizer = c.tokenizer or ("bytes" if c.model == "tiny" else "clip")
+    settings |= {"quick_gelu": bool(c.quick_gelu), "final_ln": c.final_ln, "tokenizer": tokenizer,
+                 "init_logit_scale": scale, "vocab_size": data.vocab_size(tokenizer)}  # fmt: skip
+    return CLIP(Config(**PRESETS[c.model], **settings))
 
 
 def build_optimizer(model, c):
