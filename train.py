@@ -25,7 +25,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -303,11 +303,11 @@ def gradcache_backward(net, model, parts, autocast, *loss_args):
 
 
 def find_checkpoint(path, c, given):
-    """The checkpoint to go on from, or None. Raises ValueError if a run would be overwritten."""
+    """The checkpoint to go on from, or {}. Raises ValueError if a run would be overwritten."""
     if not path.exists():
         if c.resume:
             print0(f"nothing to resume in {path.parent}: starting afresh")
-        return None
+        return {}
     if not c.resume:
         raise ValueError(f"{path} holds a run: go on with --resume, or choose another --out_dir")
     checkpoint = load_checkpoint(path)
@@ -348,19 +348,14 @@ class Run:
         self.device = join_processes(c.device)
         self.path = Path(c.out_dir, "ckpt.pt")
         checkpoint = find_checkpoint(self.path, c, given)
-        if checkpoint:  # flags that are not given are those of the run so far
-            kept = given | {"resume", "out_dir", "device", "workers"}
-            before = checkpoint["train_config"].items()
-            before = {name: value for name, value in before if hasattr(c, name)}
-            c = replace(c, **{name: value for name, value in before.items() if name not in kept})
+        before = checkpoint.get("train_config", {})  # flags that are not given stay as they were
+        for name in before.keys() - given - {"resume", "out_dir", "device", "workers"}:
+            setattr(c, name, before[name])
         if c.init_from and "model" in given:
             raise ValueError("--init_from has sizes of its own: leave --model out")
         validate(c)
-        self.c, self.steps, self.step = c, c.samples // c.batch_size, 0
-        self.skipped = Counter()
-        if checkpoint:
-            self.step = checkpoint["step"]
-            self.skipped.update(checkpoint.get("skipped", {}))
+        self.c, self.steps = c, c.samples // c.batch_size
+        self.step, self.skipped = checkpoint.get("step", 0), Counter(checkpoint.get("skipped"))
         if add_up(self.step)[0] != self.step * world_size():
             raise ValueError(f"processes see different {self.path}: it must be on a shared disk")
         if rank() == 0:
