@@ -475,7 +475,7 @@ def train(run):
     if first >= steps:
         return print0(f"{run.path} is already complete: {first} steps")
     began = since = time.monotonic()
-    samples = 0  # since then
+    counted = first  # steps before that time
     for step in range(first, steps):
         lr = learning_rate(step, steps, c.lr, c.warmup)
         for group in optimizer.param_groups:
@@ -516,16 +516,15 @@ def train(run):
         last = run.step == steps
         reporting = last or run.step % c.log_every == 0
         evaluating = run.val_source and (last or run.step % c.eval_every == 0)
-        samples += c.batch_size
         if reporting:
-            speed = samples / (time.monotonic() - since)
+            speed = (run.step - counted) * c.batch_size / (time.monotonic() - since)
             run.report(metrics, grad_norm=grad_norm.item(), lr=lr, samples_per_second=speed)
         if last or evaluating or run.step % c.save_every == 0:
             run.save()  # before evaluating, which can take long, or fail
         if evaluating:
             run.evaluate()
         if reporting or evaluating:
-            since, samples = time.monotonic(), 0
+            since, counted = time.monotonic(), run.step
     seconds = time.monotonic() - began
     print0(f"{steps - first} steps in {seconds:.0f} s; {run.path} is ready for evaluate.py")
 
