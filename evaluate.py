@@ -54,58 +54,47 @@ class Pictures(Dataset):
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), False
 
 
-def gather_rows(blocks, total, device):
-    """Of W processes the r-th has embedded rows r, r + W, r + 2 W, ..., in blocks -> all `total`
-    rows in order, on every process."""
-    mine = torch.cat(blocks) if blocks else None
-    if world_size() == 1:
-        return mine
-    parts = [None] * world_size()
-    dist.all_gather_object(parts, mine if mine is None else mine.cpu())
-    rows = parts[0].new_empty(total, parts[0].shape[1])
-    for r, part in enumerate(parts):
-        if part is not None:
-            rows[r :: world_size()] = part
-    return rows.to(device)
-
-
-def refuse_nan(embeddings, what):
-    """Raises ValueError: sorted by similarity, NaN would come first and look best."""
-    bad = int((~embeddings.isfinite()).any(1).sum())
+def gather_rows(rows, what):
+    """Of W processes the r-th has embedded rows r, r + W, r + 2 W, ... and has zeros in the others
+    -> the rows of all. Raises ValueError for NaN: sorted by similarity, it would look best."""
+    if world_size() > 1:
+        dist.all_reduce(rows)  # adds them up
+    bad = int((~rows.isfinite()).any(1).sum())
     if bad:
-        raise ValueError(f"{bad} of {len(embeddings)} {what} embeddings are not finite")
+        raise ValueError(f"{bad} of {len(rows)} {what} embeddings are not finite")
+    return rows
 
 
 @torch.no_grad()
 def embed_images(model, items, batch_size=64, workers=0):
     """Items -> embeddings (N, D) of those that can be read, and their N indices."""
-    device, blocks = model.logit_scale.device, []
     pictures = Pictures(items[rank() :: world_size()], model.config.image_size)
-    for images, readable in data.load(pictures, batch_size=batch_size, num_workers=workers):
-        x = model.encode_image(images.to(device))
-        blocks.append(torch.cat([x, readable[:, None].to(x)], dim=1))  # a last column: readable?
-    rows = gather_rows(blocks, len(items), device)
+    rows = model.logit_scale.new_zeros(len(items), model.config.embed_dim + 1)
+    blocks = rows[rank() :: world_size()].split(batch_size)
+    loaded = data.load(pictures, batch_size=batch_size, num_workers=workers)
+    for (images, readable), block in zip(loaded, blocks):
+        block[:, :-1] = model.encode_image(images.to(rows.device))
+        block[:, -1] = readable  # one column more than embeddings have
+    rows = gather_rows(rows, "image")
     kept = rows[:, -1].nonzero().squeeze(1).tolist()
     if not kept:
         raise ValueError(f"none of {len(items)} pictures can be read, the first is {items[0]}")
-    images = rows[kept, :-1]
-    refuse_nan(images, "image")
-    return images, kept
+    return rows[kept, :-1], kept
 
 
 @torch.no_grad()
 def embed_texts(model, texts, batch_size=64):
     """M strings -> embeddings (M, D)."""
-    c, device = model.config, model.logit_scale.device
+    c = model.config
     if data.vocab_size(c.tokenizer) != c.vocab_size:
         raise ValueError(f"the model has {c.vocab_size:,} tokens; which --tokenizer has as many?")
-    mine, blocks = texts[rank() :: world_size()], []
-    for start in range(0, len(mine), batch_size):
-        tokens = data.tokenize(mine[start : start + batch_size], c.tokenizer, c.context_length)
-        blocks.append(model.encode_text(tokens.to(device)))
-    rows = gather_rows(blocks, len(texts), device)
-    refuse_nan(rows, "text")
-    return rows
+    rows = model.logit_scale.new_zeros(len(texts), c.embed_dim)
+    blocks = rows[rank() :: world_size()].split(batch_size)
+    loaded = data.load(texts[rank() :: world_size()], batch_size=batch_size)
+    for strings, block in zip(loaded, blocks):
+        tokens = data.tokenize(strings, c.tokenizer, c.context_length)
+        block.copy_(model.encode_text(tokens.to(rows.device)))
+    return gather_rows(rows, "text")
 
 
 def embed_classes(model, names, templates):
