@@ -246,10 +246,8 @@ def traverse(model, images, texts, min_radius=None):
                 similarity[step, outside > 0] = -math.inf
         best, nearest = similarity.max(1)
         nearest[model.similarity(path, path[-1:])[:, 0] >= best] = len(texts)
-        first = {}
-        for step, text in enumerate(nearest.tolist()):
-            first.setdefault(text, step)
-        found.append([(step, text) for text, step in first.items()])
+        way = nearest.tolist()
+        found.append([(way.index(text), text) for text in dict.fromkeys(way)])
     return found
 
 
