@@ -411,8 +411,7 @@ def print_results(results):
 
 def pick_device(name=None):
     """A name, or the best there is -> torch.device. Raises ValueError for one that is not there."""
-    other = "mps" if torch.backends.mps.is_available() else "cpu"
-    name = name or ("cuda" if torch.cuda.is_available() else other)
+    name = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
