@@ -126,7 +126,7 @@ def wrong_before_right(similarity, queries, candidates, is_match, block=1024):
 
 def recall_at_k(wrong, k, candidates):
     """Fraction of queries with a right answer among the first k; None if there are fewer than k."""
-    return (wrong < k).double().mean().item() if k <= candidates and len(wrong) else None
+    return (wrong < k).double().mean().item() if k <= candidates else None
 
 
 def zero_shot_metrics(similarity, images, classes, labels):
@@ -158,8 +158,7 @@ def retrieval_metrics(similarity, images, texts, image_of_caption):
         missed = [math.comb(M - n, k) / max(1, math.comb(M, k)) for n in captions]
         chance[f"i2t_r{k}"] = 1 - sum(missed) / len(missed) if k <= M else None
         chance[f"t2i_r{k}"] = k / N if k <= N else None
-    r1 = out["i2t_r1"], out["t2i_r1"]
-    return out | {"mean_r1": None if None in r1 else sum(r1) / 2, "chance": chance}
+    return out | {"mean_r1": (out["i2t_r1"] + out["t2i_r1"]) / 2, "chance": chance}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -353,8 +352,7 @@ def karpathy_split(path, folder, split):
             if entry["split"] == split:
                 nested = os.path.join(folder, entry.get("filepath") or "", entry["filename"])
                 flat = os.path.join(folder, entry["filename"])
-                texts = [sentence["raw"].strip() for sentence in entry["sentences"]]
-                texts = [text for text in texts if text]
+                texts = [s["raw"] for s in entry["sentences"] if s["raw"].strip()]
                 captions += texts
                 image_of_caption += [len(items)] * len(texts)
                 items.append(nested if os.path.exists(nested) else flat)
