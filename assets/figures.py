@@ -3,7 +3,7 @@
     python -m assets.figures geometry assets          # the README's opening picture, and the cones
     python -m assets.figures out/ckpt.pt out/figures  # distances, traversal, contact sheet
 
-Coordinates are pixels, y downwards; in a Panel, the data's. Radii are distances from the root.
+Coordinates are pixels, y downwards. Radii are distances from the root.
 """
 
 import argparse
@@ -27,7 +27,7 @@ PAPER, INK, FAINT, GRID = "#fcfcfa", "#24292f", "#6e7781", "#dfe3e8"  # for ligh
 TEXT, IMAGE, GOOD, BAD = "#d1741c", "#2464a8", "#1f7a3a", "#c62f2f"
 
 # ------------------------------------------------------------------------------------------------
-# a sheet of paper, and axes on it
+# a sheet of paper
 
 
 def mixed(colour, share):
@@ -52,13 +52,6 @@ class Sheet:
 
     def text(self, x, y, words, size=11, colour=INK, anchor="la"):
         self.pen.text((2 * x, 2 * y), words, colour, ImageFont.load_default(2 * size), anchor)
-
-    def upright(self, x, y, words):
-        """A quarter turn to the left, centred at (x, y)."""
-        strip = Sheet(6 * len(words) + 20, 16)
-        strip.text(3 * len(words) + 10, 8, words, 11, FAINT, "mm")
-        turned = strip.image.rotate(90, expand=True)
-        self.image.paste(turned, (int(2 * x) - 16, int(2 * y) - turned.height // 2))
 
     def line(self, points, colour=INK, width=1.0, dash=None):
         points = 2 * np.array(points, dtype=float)
@@ -92,38 +85,11 @@ class Sheet:
         print(path)
 
 
-def ticks(low, high, count=5):
-    """Round numbers in a range, about `count` of them."""
-    step = 10 ** math.floor(math.log10((high - low) / count))
-    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= count + 1)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(i * step, 10) for i in range(first, last + 1)]
-
-
-class Panel:
-    """A rectangle (left, top, width, height) of a sheet in the coordinates of the data."""
-
-    def __init__(self, sheet, box, x, y, title, x_label, y_label):
-        self.sheet, self.box, self.x, self.y = sheet, box, x, y
-        left, top, width, height = box
-        for value in ticks(*y):
-            sheet.line([self.at(x[0], value), self.at(x[1], value)], GRID)
-            sheet.text(left - 6, self.at(0, value)[1], f"{value:g}", 11, FAINT, "rm")
-        for value in ticks(*x):
-            at, bottom = self.at(value, y[0])
-            sheet.line([(at, bottom), (at, bottom + 4)], FAINT)
-            sheet.text(at, bottom + 6, f"{value:g}", 11, FAINT, "ma")
-        sheet.line([(left, top + height), (left + width, top + height)], FAINT)
-        sheet.text(left, top - 20, title, 13)
-        sheet.text(left + width / 2, top + height + 22, x_label, 11, FAINT, "ma")
-        sheet.upright(left - 44, top + height / 2, y_label)
-
-    def at(self, x, y):
-        left, top, width, height = self.box
-        right = (x - self.x[0]) / (self.x[1] - self.x[0])
-        up = (y - self.y[0]) / (self.y[1] - self.y[0])
-        return left + width * right, top + height * (1 - up)
-
+def ticks(high, count=5):
+    """Round numbers from 0 to high, about `count` of them."""
+    step = 10 ** math.floor(math.log10(high / count))
+    step *= next(m for m in (1, 2, 5, 10) if high / (step * m) <= count + 1)
+    return np.arange(0, high + step / 1e6, step)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -307,31 +273,37 @@ class Subject:
 
 def distances_panel(sheet, subject, left, top, width, height):
     """Figures 2 and 4 of the paper: how far text and pictures are from the root."""
-    radii = {"text": subject.radius(subject.texts[subject.own]),
-             "image": subject.radius(subject.images)}  # fmt: skip
-    high = 1.15 * float(max(map(max, radii.values())))
-    edges = np.linspace(0, high, 61)
-    shares = {name: np.histogram(r, edges)[0] / len(r) for name, r in radii.items()}
-    y = (0, 1.45 * max(map(max, shares.values())))
-    labels = (subject.name, "distance from the root", "share of n per bin")
-    panel = Panel(sheet, (left, top, width, height), (0, high), y, *labels)
-    for name, colour in (("text", TEXT), ("image", IMAGE)):
-        steps = np.concatenate([[0], np.repeat(shares[name], 2), [0]])
-        outline = [panel.at(*p) for p in zip(np.repeat(edges, 2), steps)]
-        sheet.pen.polygon((2 * np.ravel(outline)).tolist(), colour + "5a")
+    radii = [subject.radius(subject.texts[subject.own]), subject.radius(subject.images)]
+    edges = np.linspace(0, 1.15 * max(map(max, radii)), 61)
+    shares = [np.histogram(r, edges)[0] / len(r) for r in radii]
+    right, up = width / edges[-1], height / (1.45 * np.max(shares))  # pixels per unit
+    bottom = top + height
+    for share in ticks(np.max(shares)):
+        y = bottom - up * share
+        sheet.line([(left, y), (left + width, y)], GRID)
+        sheet.text(left - 6, y, f"{100 * share:g} %", 11, FAINT, "rm")
+    for radius in ticks(edges[-1]):
+        sheet.text(left + right * radius, bottom + 6, f"{radius:g}", 11, FAINT, "ma")
+    names = (f"text, n = {len(radii[0])}", TEXT), (f"image, n = {len(radii[1])}", IMAGE)
+    for i, (name, colour) in enumerate(names):
+        steps = np.concatenate([[0], np.repeat(shares[i], 2), [0]])
+        outline = np.stack([left + right * np.repeat(edges, 2), bottom - up * steps], -1)
+        sheet.pen.polygon((2 * outline).ravel().tolist(), colour + "5a")
         sheet.line(outline, colour, 1.5)
-    words = [f"{name}, n = {len(r)}" for name, r in radii.items()]
-    sheet.rectangle(left + width - 114, top, left + width, top + 36, PAPER)
-    sheet.legend(left + width - 110, top + 2, zip((TEXT, IMAGE), words))
+        sheet.text(left + width, top + 2 + 16 * i, name, 12, colour, "ra")
+    sheet.text(left, top - 20, subject.name, 13)
+    words = "distance from the root, 60 bins"
+    sheet.text(left + width / 2, bottom + 22, words, 11, FAINT, "ma")
 
 
 def distances(subjects, path):
     """One panel for each subject of a list of lists; None: a geometry without cones."""
-    width, height = (560, 240) if len(subjects[0]) == 1 else (225, 150)
-    sheet = Sheet(25 + (width + 65) * len(subjects[0]), 20 + (height + 80) * len(subjects))
+    columns = len(subjects[0])
+    width, height = 840 // columns - 60, 170
+    sheet = Sheet(860, 20 + 250 * len(subjects))
     for row, line in enumerate(subjects):
         for column, subject in enumerate(line):
-            left, top = 70 + column * (width + 65), 40 + row * (height + 80)
+            left, top = 60 + column * (width + 60), 40 + row * 250
             if subject:
                 distances_panel(sheet, subject, left, top, width, height)
             else:
