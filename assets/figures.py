@@ -53,15 +53,9 @@ class Sheet:
     def text(self, x, y, words, size=11, colour=INK, anchor="la"):
         self.pen.text((2 * x, 2 * y), words, colour, ImageFont.load_default(2 * size), anchor)
 
-    def line(self, points, colour=INK, width=1.0, dash=None):
-        points = 2 * np.array(points, dtype=float)
-        if dash is None:
-            return self.pen.line(points.ravel().tolist(), colour, int(2 * width), joint="curve")
-        walked = np.append(0, np.hypot(*np.diff(points, axis=0).T).cumsum())
-        at = np.arange(0, walked[-1], 2 * dash)
-        points = np.stack([np.interp(at, walked, axis) for axis in points.T], -1)
-        for ends in zip(points[::2], points[1::2]):
-            self.pen.line(np.concatenate(ends).tolist(), colour, int(2 * width))
+    def line(self, points, colour=INK, width=1.0):
+        points = (2 * np.array(points, dtype=float)).ravel().tolist()
+        self.pen.line(points, colour, int(2 * width), joint="curve")
 
     def rectangle(self, x0, y0, x1, y1, fill=None, outline=None, radius=0):
         box = (2 * x0, 2 * y0, 2 * x1, 2 * y1)
@@ -73,11 +67,6 @@ class Sheet:
     def paste(self, pixels, x, y, mask=None):
         """uint8 (2H, 2W, 3) -> H times W pixels of the sheet."""
         self.image.paste(Image.fromarray(pixels), (2 * x, 2 * y), mask)
-
-    def legend(self, x, y, entries):
-        for i, (colour, words) in enumerate(entries):
-            self.rectangle(x, y + 16 * i + 3, x + 12, y + 16 * i + 11, colour)
-            self.text(x + 18, y + 16 * i, words)
 
     def save(self, path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +163,7 @@ def three_geometries(path):
     ):  # fmt: skip
         points = [(cx + R * x, cy - R * y) for x, y in way]
         for end in (points[0], points[-1]):
-            sheet.line([(cx, cy), end], FAINT, dash=3)
+            sheet.line([(cx, cy), end], FAINT)
         sheet.line(points, INK, 3)
         sheet.circle(cx, cy, 3, FAINT)  # the root; in the sphere its centre
         for (x, y), colour, name in ((points[0], IMAGE, "image"), (points[-1], TEXT, "text")):
@@ -209,7 +198,7 @@ def cone_panel(sheet, left, top, geometry, apex, K):
     ends = np.array([apex, (edge, 0)])
     (east, north), (edge, _) = SIDE / 2 * (to_disc(ends) if in_disc else ends / 1.6)
     sheet.circle(x, y, edge, outline=FAINT)
-    sheet.line([(x, y), (x + east, y - north)], INK, dash=3)
+    sheet.line([(x, y), (x + east, y - north)])
     sheet.circle(x, y, 3, INK)
     sheet.circle(x + east, y - north, 6, TEXT, PAPER)
     aperture = math.degrees(geometry.cone(text, text, K)[1].item())
@@ -232,10 +221,8 @@ def cones(path, K=0.25):
     for y, words in ((440, "0"), (340, "pi/2"), (240, "pi")):
         sheet.text(804, y, words, 11, FAINT, "lm")
     sheet.text(800, 222, "loss (rad)", 11, FAINT, "mm")
-    inside = "images that the text entails: inside its cone, loss 0"
-    sheet.legend(20, 618, [(mixed(IMAGE, 0.3), inside)])
-    words = "black: the root; orange: the text, apex of its cone; circle: nearer the root "
-    sheet.text(330, 618, words + "cones are half-spaces", 11, FAINT)
+    words = "black: the root; orange: a text; blue: the images in its cone, loss 0; circle: "
+    sheet.text(20, 618, words + "texts inside it have half-spaces as cones", 11, FAINT)
     sheet.save(path)
 
 
@@ -359,8 +346,8 @@ def contact(subject, path):
         similarity = subject.model.similarity(subject.images[chosen], subject.texts[captions])
     sheet, n = Sheet(860, 40 + 4 * 124), len(captions)
     sheet.text(20, 12, f"{subject.name}: the three nearest of {n} held-out captions", 14)
-    sheet.legend(640, 8, [(GOOD, "its own caption")])
-    sheet.legend(760, 8, [(BAD, "another one")])
+    sheet.text(660, 14, "its own caption", 12, GOOD)
+    sheet.text(770, 14, "another one", 12, BAD)
     for n, (i, nearest) in enumerate(zip(chosen.tolist(), similarity.topk(3).indices.tolist())):
         left, y = 20 + 280 * (n % 3), 44 + 124 * (n // 3)
         subject.draw(i, sheet, left, y, 108)
