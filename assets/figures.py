@@ -236,14 +236,12 @@ class Subject:
     def __init__(self, checkpoint):
         model = self.model = load_model(checkpoint)
         self.images, texts = evaluate.embed_hierarchy(model)
-        places, chains = {}, data.held_out_levels()
-        for i, chain in enumerate(chains):
-            for level, caption in enumerate(chain):
-                places.setdefault(caption, (level, i))
-        self.captions = list(places)
-        self.texts = torch.stack([texts[place] for place in places.values()])
-        number = {caption: n for n, caption in enumerate(places)}
-        self.chains = [[number[caption] for caption in chain] for chain in chains]
+        chains = data.held_out_levels()
+        captions = list(itertools.chain.from_iterable(chains))
+        self.captions = list(dict.fromkeys(captions))
+        first = [captions.index(caption) for caption in self.captions]
+        self.texts = texts.transpose(0, 1).flatten(0, 1)[first]
+        self.chains = [[self.captions.index(caption) for caption in chain] for chain in chains]
         self.own = [chain[-1] for chain in self.chains]  # the most specific captions, as indices
         self.root = model.geometry.root(torch.cat([self.images, self.texts]))
         self.name = f"{model.config.geometry}/{model.config.logit}"
