@@ -64,9 +64,9 @@ class Sheet:
     def circle(self, x, y, r, fill=None, outline=None):
         self.pen.ellipse((2 * (x - r), 2 * (y - r), 2 * (x + r), 2 * (y + r)), fill, outline, 2)
 
-    def paste(self, pixels, x, y, mask=None):
+    def paste(self, pixels, x, y):
         """uint8 (2H, 2W, 3) -> H times W pixels of the sheet."""
-        self.image.paste(Image.fromarray(pixels), (2 * x, 2 * y), mask)
+        self.image.paste(Image.fromarray(pixels), (2 * x, 2 * y))
 
     def save(self, path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -122,19 +122,14 @@ def on_globe(latitude, longitude):
 
 def sphere(sheet, cx, cy, R, angle):
     """Draws a globe -> two points on it `angle` apart and the great circle between, (60, 2)."""
-    x, y = np.meshgrid(*[(np.arange(4 * R) - 2 * R + 0.5) / (2 * R)] * 2)
-    z = np.sqrt(np.clip(1 - x**2 - y**2, 0, 1))
-    light = np.clip(0.72 + 0.28 * (-0.45 * x - 0.5 * y + 0.75 * z), 0, 1)
-    ball = (light[..., None] * [238, 243, 250]).astype(np.uint8)
-    sheet.paste(ball, cx - R, cy - R, Image.fromarray(((z > 0) * 255).astype(np.uint8)))
-    sheet.circle(cx, cy, R, outline=FAINT)
+    for t in np.linspace(0, 1, R):  # ever smaller and lighter discs, towards the light
+        sheet.circle(cx - 0.35 * R * t, cy - 0.4 * R * t, R * (1 - t), mixed(IMAGE, (1 - t) / 4))
     around = np.arange(-180, 181, 3)
     rings = [on_globe(latitude + 0 * around, around) for latitude in range(-60, 61, 30)]
-    rings += [on_globe(around, longitude) for longitude in range(0, 180, 30)]
-    for p, q in itertools.chain.from_iterable(zip(ring, ring[1:]) for ring in rings):
-        if p[2] > 0 and q[2] > 0:
-            ends = [(cx + R * end[0], cy - R * end[1]) for end in (p, q)]
-            sheet.line(ends, mixed(FAINT, 0.35))
+    rings += [on_globe(around, longitude) for longitude in range(-90, 90, 30)]
+    for ring in rings:
+        in_front = ring[ring[:, 2] > 0, :2]
+        sheet.line([cx, cy] + [R, -R] * in_front, mixed(FAINT, 0.35))
     first, aside = on_globe(22, 66), on_globe(62, -60)
     aside = aside - (aside @ first) * first  # what is left is a right angle away
     t = np.linspace(0, angle, 60)[:, None]
@@ -154,7 +149,8 @@ def three_geometries(path):
         for cx, radius in ((420, R * r / 2), (700, R * math.tanh(r / 2))):
             sheet.circle(cx, cy, radius, outline=mixed(FAINT, 0.35))
             sheet.text(cx, cy + radius - 2, f"{r}" if r in (1, 2) else "", 10, FAINT, "md")
-    sheet.circle(700, cy, R, outline=FAINT)
+    for cx in (140, 700):
+        sheet.circle(cx, cy, R, outline=FAINT)
     for cx, title, length, note, way in (
         (140, "sphere: CLIP", angle, "only the turn is left", great_circle),
         (420, "plane: EuCLIP", flat, "walk, and turn", np.array([image, text]) / 2),
