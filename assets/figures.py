@@ -51,15 +51,13 @@ class Sheet:
         self.pen = ImageDraw.Draw(self.image, "RGBA")  # colours may end in an alpha
 
     def text(self, x, y, words, size=11, colour=INK, anchor="la"):
-        self.pen.text((2 * x, 2 * y), words, colour, ImageFont.load_default(2 * size), anchor)
+        font = ImageFont.load_default(2 * size)
+        align = "center" if anchor == "mm" else "left"
+        self.pen.text((2 * x, 2 * y), words, colour, font, anchor, spacing=8, align=align)
 
     def line(self, points, colour=INK, width=1.0):
         points = (2 * np.array(points, dtype=float)).ravel().tolist()
         self.pen.line(points, colour, int(2 * width), joint="curve")
-
-    def rectangle(self, x0, y0, x1, y1, fill=None, outline=None, radius=0):
-        box = (2 * x0, 2 * y0, 2 * x1, 2 * y1)
-        self.pen.rounded_rectangle(box, 2 * radius, fill, outline, 2 if outline else 0)
 
     def circle(self, x, y, r, fill=None, outline=None):
         self.pen.ellipse((2 * (x - r), 2 * (y - r), 2 * (x + r), 2 * (y + r)), fill, outline, 2)
@@ -309,23 +307,23 @@ def traversal(subject, path, strips=6):
     """Figures 3 and 5 of the paper: captions on the way from pictures to the root."""
     K, (chosen, theirs) = evaluate.last_min_radius(subject.model), balanced(subject.chains)
     ways = evaluate.traverse(subject.model, subject.images, subject.texts[chosen], K)
-    for i, way in enumerate(ways):
-        ways[i] = [subject.captions[chosen[j]] for _, j in way if j < len(chosen)]  # no root
-    counts = [len(way) for way in ways]
+    names = [*(subject.captions[j] for j in chosen), "[ROOT]"]
+    counts = [len(way) - 1 for way in ways]  # without the root
     order = sorted(range(len(ways)), key=lambda i: (-min(counts[i], 2), i not in theirs))
     sheet, among = Sheet(860, 86 + 92 * strips), " whose cone holds the point" if K else ""
     title = f"{subject.name}: on the way to the root, the nearest of {len(chosen)} captions{among}"
     sheet.text(20, 14, title, 14)
     for row, i in enumerate(order[:strips]):
-        top, words = 50 + 92 * row, ways[i] if counts[i] < 6 else [*ways[i][:4], "..."]
+        top, words = 50 + 92 * row, [names[j] for _, j in ways[i]]
+        if len(words) > 6:
+            words[4:-1] = ["..."]
         subject.draw(i, sheet, 20, top, 80)
-        for n, caption in enumerate([*words, "[ROOT]"]):
-            left, lines = 124 + 124 * n, textwrap.wrap(caption, 17)
-            half, fill = 4 + 8 * len(lines), GRID if n == len(words) else mixed(TEXT, 0.12)
+        for n, caption in enumerate(words):
+            left, fill = 124 + 124 * n, GRID if caption == "[ROOT]" else mixed(TEXT, 0.12)
             sheet.text(left - 12, top + 40, ">", 13, FAINT, "lm")
-            sheet.rectangle(left, top + 40 - half, left + 108, top + 40 + half, fill, radius=5)
-            for k, line in enumerate(lines):
-                sheet.text(left + 54, top + 52 - half + 16 * k, line, anchor="mm")
+            box = (2 * left, 2 * top, 2 * left + 216, 2 * top + 160)
+            sheet.pen.rounded_rectangle(box, 10, fill)
+            sheet.text(left + 54, top + 40, textwrap.fill(caption, 17), anchor="mm")
     words = ", ".join(f"{count} on {n}" for count, n in sorted(Counter(counts).items()))
     note = f"captions on all {len(ways)} ways: {words}; shown first: ways with two or more"
     sheet.text(20, 60 + 92 * strips, note, 11, FAINT)
@@ -343,14 +341,12 @@ def contact(subject, path):
     sheet.text(660, 14, "its own caption", 12, GOOD)
     sheet.text(770, 14, "another one", 12, BAD)
     for n, (i, nearest) in enumerate(zip(chosen.tolist(), similarity.topk(3).indices.tolist())):
-        left, y = 20 + 280 * (n % 3), 44 + 124 * (n // 3)
-        subject.draw(i, sheet, left, y, 108)
-        for j in nearest:
+        left, top = 20 + 280 * (n % 3), 44 + 124 * (n // 3)
+        subject.draw(i, sheet, left, top, 108)
+        for k, j in enumerate(nearest):
             colour = GOOD if captions[j] == captions[i] else BAD
-            for line in textwrap.wrap(subject.captions[captions[j]], 29):
-                sheet.text(left + 116, y, line, 10, colour)
-                y += 15
-            y += 6
+            words = textwrap.fill(subject.captions[captions[j]], 29)
+            sheet.text(left + 116, top + 37 * k, words, 10, colour)
     sheet.save(path)
 
 
