@@ -60,7 +60,7 @@ class Sheet:
         self.pen.line(points, colour, int(2 * width), joint="curve")
 
     def circle(self, x, y, r, fill=None, outline=None):
-        self.pen.ellipse((2 * (x - r), 2 * (y - r), 2 * (x + r), 2 * (y + r)), fill, outline, 2)
+        self.pen.circle((2 * x, 2 * y), 2 * r, fill, outline, 2)
 
     def paste(self, pixels, x, y):
         """uint8 (2H, 2W, 3) -> H times W pixels of the sheet."""
@@ -128,10 +128,9 @@ def sphere(sheet, cx, cy, R, angle):
     for ring in rings:
         in_front = ring[ring[:, 2] > 0, :2]
         sheet.line([cx, cy] + [R, -R] * in_front, mixed(FAINT, 0.35))
-    first, aside = on_globe(22, 66), on_globe(62, -60)
-    aside = aside - (aside @ first) * first  # what is left is a right angle away
+    first, aside = on_globe(22, 66), on_globe(55.5, -60)  # a right angle apart
     t = np.linspace(0, angle, 60)[:, None]
-    return (np.cos(t) * first + np.sin(t) * aside / np.linalg.norm(aside))[:, :2]
+    return (np.cos(t) * first + np.sin(t) * aside)[:, :2]
 
 
 def three_geometries(path):
@@ -237,13 +236,9 @@ class Subject:
         self.texts = texts.transpose(0, 1).flatten(0, 1)[first]
         self.chains = [[self.captions.index(caption) for caption in chain] for chain in chains]
         self.own = [chain[-1] for chain in self.chains]  # the most specific captions, as indices
-        self.root = model.geometry.root(torch.cat([self.images, self.texts]))
         self.name = f"{model.config.geometry}/{model.config.logit}"
         if model.geometry.cones:
             self.name += f", lambda {model.train_config.get('entailment_weight', 0):g}"
-
-    def radius(self, x):
-        return self.model.geometry.distance_to_root(x, self.root).numpy()
 
     def draw(self, i, sheet, x, y, size):
         picture = data.load_item(data.HELD_OUT + i, 2 * size)
@@ -252,7 +247,9 @@ class Subject:
 
 def distances_panel(sheet, subject, left, top, width, height):
     """Figures 2 and 4 of the paper: how far text and pictures are from the root."""
-    radii = [subject.radius(subject.texts[subject.own]), subject.radius(subject.images)]
+    geometry, captions = subject.model.geometry, subject.texts[subject.own]
+    root = geometry.root(torch.cat([subject.images, subject.texts]))
+    radii = [geometry.distance_to_root(x, root).numpy() for x in (captions, subject.images)]
     edges = np.linspace(0, 1.15 * max(map(max, radii)), 61)
     shares = [np.histogram(r, edges)[0] / len(r) for r in radii]
     right, up = width / edges[-1], height / (1.45 * np.max(shares))  # pixels per unit
@@ -263,13 +260,12 @@ def distances_panel(sheet, subject, left, top, width, height):
         sheet.text(left - 6, y, f"{100 * share:g} %", 11, FAINT, "rm")
     for radius in ticks(edges[-1]):
         sheet.text(left + right * radius, bottom + 6, f"{radius:g}", 11, FAINT, "ma")
-    names = (f"text, n = {len(radii[0])}", TEXT), (f"image, n = {len(radii[1])}", IMAGE)
-    for i, (name, colour) in enumerate(names):
+    for i, (name, colour) in enumerate((("text", TEXT), ("image", IMAGE))):
         steps = np.concatenate([[0], np.repeat(shares[i], 2), [0]])
         outline = np.stack([left + right * np.repeat(edges, 2), bottom - up * steps], -1)
         sheet.pen.polygon((2 * outline).ravel().tolist(), colour + "5a")
         sheet.line(outline, colour, 1.5)
-        sheet.text(left + width, top + 2 + 16 * i, name, 12, colour, "ra")
+        sheet.text(left + width, top + 2 + 16 * i, f"{name}, n = {len(radii[i])}", 12, colour, "ra")
     sheet.text(left, top - 20, subject.name, 13)
     words = "distance from the root, 60 bins"
     sheet.text(left + width / 2, bottom + 22, words, 11, FAINT, "ma")
@@ -362,8 +358,8 @@ def main():
         else:
             subject = Subject(args.subject)
             distances([[subject]], args.folder / "distances.png")
-            for draw in (traversal, contact):
-                draw(subject, args.folder / f"{draw.__name__}.png")
+            traversal(subject, args.folder / "traversal.png")
+            contact(subject, args.folder / "contact.png")
     except (ValueError, OSError) as error:
         sys.exit(f"figures.py: {error}")
 
