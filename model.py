@@ -162,10 +162,11 @@ class Block(nn.Module):
         gelu = QuickGELU() if quick_gelu else nn.GELU()
         self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=gelu, c_proj=c_proj))
 
-    def forward(self, x, packing=None):
+    def forward(self, x, packing=None, pooled=None):
         x = x + self.attn(self.ln_1(x), packing)
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        if pooled is not None:
+            x = x.flatten(0, -2).index_select(0, pooled)  # (N, C)
+        return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
@@ -180,9 +181,7 @@ class Transformer(nn.Module):
         *blocks, last = self.resblocks
         for block in blocks:
             x = block(x, packing)
-        x = x + last.attn(last.ln_1(x), packing)
-        x = x.flatten(0, -2).index_select(0, pooled)
-        return x + last.mlp(last.ln_2(x))
+        return last(x, packing, pooled)
 
 
 class VisionTransformer(nn.Module):
