@@ -347,10 +347,9 @@ class CLIP(nn.Module):
 
     def bounds(self):
         """Learned scalars -> (lowest, highest). The logit scale has no lowest value."""
-        bounds = {"logit_scale": (-math.inf, math.log(self.config.max_logit_scale))}
-        for name, (_, low, high) in self.geometry.learned_scalars(self.config.embed_dim).items():
-            bounds[name] = low, high
-        return bounds
+        learned = self.geometry.learned_scalars(self.config.embed_dim)
+        bounds = {name: (low, high) for name, (_, low, high) in learned.items()}
+        return bounds | {"logit_scale": (-math.inf, math.log(self.config.max_logit_scale))}
 
     @torch.no_grad()
     def clamp_scalars(self):
