@@ -109,28 +109,18 @@ def distance(x, y, geometry, logit):
     return -GEOMETRIES[geometry].similarity(x, y, logit).item()
 
 
-def on_globe(latitude, longitude):
-    """Degrees -> right, up, towards the eye (..., 3), seen from 28 degrees above the equator."""
-    latitude, longitude = np.radians(latitude), np.radians(longitude)
-    cos, sin = math.cos(math.radians(28)), math.sin(math.radians(28))
-    east, up = np.cos(latitude) * np.sin(longitude), np.sin(latitude)
-    south = np.cos(latitude) * np.cos(longitude)
-    return np.stack([east, up * cos - south * sin, up * sin + south * cos], -1)
-
-
 def sphere(sheet, cx, cy, R, angle):
     """Draws a globe -> two points on it `angle` apart and the great circle between, (60, 2)."""
     for t in np.linspace(0, 1, R):  # ever smaller and lighter discs, towards the light
         sheet.circle(cx - 0.35 * R * t, cy - 0.4 * R * t, R * (1 - t), mixed(IMAGE, (1 - t) / 4))
-    around = np.arange(-180, 181, 3)
-    rings = [on_globe(latitude + 0 * around, around) for latitude in range(-60, 61, 30)]
-    rings += [on_globe(around, longitude) for longitude in range(-90, 90, 30)]
-    for ring in rings:
-        in_front = ring[ring[:, 2] > 0, :2]
-        sheet.line([cx, cy] + [R, -R] * in_front, mixed(FAINT, 0.35))
-    first, aside = on_globe(22, 66), on_globe(55.5, -60)  # a right angle apart
+    for a in np.radians(range(-60, 61, 30)):  # parallels are lines, meridians ellipses
+        x, y = R * math.cos(a), R * math.sin(a)
+        sheet.line([(cx - x, cy - y), (cx + x, cy - y)], mixed(FAINT, 0.35))
+        box = (2 * (cx - abs(y)), 2 * (cy - R), 2 * (cx + abs(y)), 2 * (cy + R))
+        sheet.pen.ellipse(box, outline=mixed(FAINT, 0.35), width=2)
+    first, aside = np.array([[0.85, 0.15], [-0.485, 0.602]])  # in space a right angle apart
     t = np.linspace(0, angle, 60)[:, None]
-    return (np.cos(t) * first + np.sin(t) * aside)[:, :2]
+    return np.cos(t) * first + np.sin(t) * aside
 
 
 def three_geometries(path):
