@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 import data
 import evaluate
@@ -38,9 +38,8 @@ def mixed(colour, share):
 
 def heat(values, top):
     """(H, W) in [0, top] -> uint8 (H, W, 3), from paper through orange to dark red."""
-    stops = np.array([mixed(PAPER, 1), (250, 200, 120), (214, 96, 60), (110, 20, 40)])
-    at = np.clip(values / top, 0, 1) * 3
-    return np.stack([np.interp(at, range(4), s) for s in stops.T], -1).round().astype(np.uint8)
+    grey = Image.fromarray((255 * np.clip(values / top, 0, 1)).astype(np.uint8))
+    return np.array(ImageOps.colorize(grey, PAPER, "#6e1428", mid="#f2924a"))
 
 
 class Sheet:
