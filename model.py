@@ -265,8 +265,7 @@ class CLIP(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=out_std)
 
     def embed(self, features, alpha):
-        """Features of a tower, the learned scale if there is one -> embeddings, in float32 at
-        least."""
+        """Features of a tower, the learned scale or None -> embeddings, float32 at least."""
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(torch.promote_types(features.dtype, torch.float32))
             return self.geometry.embed(features, alpha)
