@@ -261,18 +261,13 @@ def distances_panel(sheet, subject, left, top, width, height):
 
 
 def distances(subjects, path):
-    """One panel for each subject of a list of lists; None: a geometry without cones."""
-    columns = len(subjects[0])
-    width, height = 840 // columns - 60, 170
-    sheet = Sheet(860, 20 + 250 * len(subjects))
-    for row, line in enumerate(subjects):
-        for column, subject in enumerate(line):
-            left, top = 60 + column * (width + 60), 40 + row * 250
-            if subject:
-                distances_panel(sheet, subject, left, top, width, height)
-            else:
-                middle = (left + width / 2, top + height / 2)
-                sheet.text(*middle, "no cones on the sphere", 12, FAINT, "mm")
+    """A panel for each subject, three in a row."""
+    columns = min(3, len(subjects))
+    width = 840 // columns - 60
+    sheet = Sheet(860, 20 + 250 * math.ceil(len(subjects) / columns))
+    for n, subject in enumerate(subjects):
+        left, top = 60 + n % columns * (width + 60), 40 + n // columns * 250
+        distances_panel(sheet, subject, left, top, width, 170)
     sheet.save(path)
 
 
@@ -346,7 +341,7 @@ def main():
             cones(args.folder / "cones.png")
         else:
             subject = Subject(args.subject)
-            distances([[subject]], args.folder / "distances.png")
+            distances([subject], args.folder / "distances.png")
             traversal(subject, args.folder / "traversal.png")
             contact(subject, args.folder / "contact.png")
     except (ValueError, OSError) as error:

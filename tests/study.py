@@ -235,13 +235,12 @@ def report(found, samples):
 
 
 def draw(out, found, path):
-    """Distances from the root in the first seed, without and with entailment loss."""
-    subjects = {}
-    for name in (*DEFAULT.values(), *WITH_CONES.values()):
-        subjects[name] = figures.Subject(out / f"{name}-s{min(found[name])}" / "ckpt.pt")
-    without = [subjects[DEFAULT[g]] for g in GEOMETRIES]
-    with_cones = [subjects.get(WITH_CONES.get(g)) for g in GEOMETRIES]
-    figures.distances([without, with_cones], path)
+    """Distances from the root in the first seed; in the second row with entailment loss."""
+    by_cones = sorted(GEOMETRIES, key=lambda g: g not in WITH_CONES)  # the sphere comes last
+    subjects = []
+    for name in (*(DEFAULT[g] for g in by_cones), *WITH_CONES.values()):
+        subjects.append(figures.Subject(out / f"{name}-s{min(found[name])}" / "ckpt.pt"))
+    figures.distances(subjects, path)
 
 
 def main():
