@@ -145,6 +145,8 @@ def read_slice(path, offset, size):
 
 def to_rgb(image):
     """Any mode -> RGB, upright, over white. 16-bit grey is rescaled, where Pillow would clip it."""
+    image.getexif()  # is kept; without its bytes exif_transpose cannot fail to write odd tags anew
+    image.info.pop("exif", None)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image, dtype=np.float64)

@@ -273,7 +273,7 @@ def hierarchy_metrics(model, images, texts):
     radius = geometry.distance_to_root(texts, root)  # (L, N)
     out = {"text_radius": radius.mean(1).tolist(),
            "image_radius": geometry.distance_to_root(images, root).mean().item(),
-           "general_nearer": (radius[:-1] < radius[1:]).double().mean().item(),
+           "general_nearer": (radius[:-1] < radius[1:]).float().mean().item(),
            "own_in_cone": None, "other_in_cone": None}  # fmt: skip
     if geometry.cones:
         K = last_min_radius(model)
@@ -281,7 +281,7 @@ def hierarchy_metrics(model, images, texts):
         others = images.roll(len(images) // 2, 0)
         for name, points in (("own_in_cone", images), ("other_in_cone", others)):
             outside = geometry.entailment_loss(texts, points, K, model.scalars()[1])  # (L, N)
-            out[name] = (outside == 0).double().mean(1).tolist()
+            out[name] = (outside == 0).float().mean(1).tolist()
     return out
 
 
@@ -452,6 +452,8 @@ def parse_args(argv=None):
     add("--batch_size", type=int, default=64)
     add("--workers", type=int, default=cores(), help="loading processes")
     args = parser.parse_args(argv)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        parser.error("one process evaluates: start it without torchrun")
     for name, others in NEEDS.items():
         if getattr(args, name) and not any(getattr(args, other) for other in others):
             parser.error(f"--{name} needs --{' or --'.join(others)}")

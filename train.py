@@ -21,6 +21,7 @@ import datetime
 import fcntl
 import json
 import math
+import re
 import signal
 import sys
 import time
@@ -152,7 +153,7 @@ def join_processes(name):
                              "torchrun --nproc_per_node=GPUS train.py")  # fmt: skip
         return device
     if device.type == "cuda":
-        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= gpus:
             raise ValueError(f"process {local} has no GPU; use --nproc_per_node={gpus}")
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
@@ -168,7 +169,11 @@ def add_up(*numbers):
     """Sums over all processes, which also wait here for each other."""
     numbers = torch.tensor(numbers, dtype=torch.float64)
     if world_size() > 1:
-        dist.all_reduce(numbers)  # numbers on the CPU travel by gloo
+        try:
+            dist.all_reduce(numbers)  # numbers on the CPU travel by gloo
+        except RuntimeError:  # connection closed
+            time.sleep(5)  # the one that failed ends first, and torchrun shows its error
+            sys.exit("train.py: another process has failed")
     return numbers.tolist()
 
 
@@ -176,8 +181,9 @@ STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
-    """The first signal ends the training: after the step, or at once if it waits for data. A second
-    one kills it."""
+    """A signal ends the training: after the step, or at once if it waits for data. More of them
+    change nothing, as schedulers signal all processes and torchrun passes its own on, but a second
+    Ctrl-C kills."""
 
     def __init__(self):
         self.received = self.waiting = False
@@ -186,9 +192,9 @@ class StopSignals:
 
     def receive(self, number, frame):
         self.received = True
-        for number in STOP:
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         if self.waiting:  # in `next`, for data that may never come
+            self.waiting = False
             raise KeyboardInterrupt
 
     def next(self, batches):
@@ -242,6 +248,7 @@ def build_model(c):
         if data.vocab_size(model.config.tokenizer) != model.config.vocab_size:
             raise ValueError(f"{c.init_from} has {model.config.vocab_size:,} tokens: --tokenizer?")
         if c.init_logit_scale is not None:
+            model.config.init_logit_scale = c.init_logit_scale
             model.logit_scale.data.fill_(c.init_logit_scale)
         return model
     scale = c.init_logit_scale
@@ -322,18 +329,21 @@ def find_checkpoint(path, c, given):
 
 
 def open_log(path, step):
-    """log.jsonl without lines beyond step and half lines, which a kill can leave. Locked, so that
-    no other run writes here, until this process ends, however it ends."""
+    """log.jsonl up to step, or to a half line, which a kill can leave. Locked, so that no other run
+    writes here, until this process ends, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     log = open(path, "a+")
     try:
         fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loading processes do not inherit it
     except (BlockingIOError, PermissionError):
         raise ValueError(f"another run writes to {path.parent}; use another --out_dir") from None
+    except OSError as error:  # Lustre and NFS may have none
+        print(f"warning: no lock on {path} ({error.strerror}): start no second run there")
     log.seek(0)
     kept = 0
     for line in log.read().splitlines(keepends=True):
-        if not line.endswith("}\n") or json.loads(line)["step"] > step:
+        written = re.match(r'\{"step": (\d+), .*\}\n$', line)
+        if not written or int(written[1]) > step:
             break
         kept += len(line)
     log.truncate(kept)
@@ -351,6 +361,8 @@ class Run:
         before = checkpoint.get("train_config", {})  # flags that are not given stay as they were
         for name in before.keys() - given - {"resume", "out_dir", "device", "workers"}:
             setattr(c, name, before[name])
+        if "warmup" not in given and c.warmup and c.warmup >= c.samples // c.batch_size:
+            c.warmup = None  # worked out for more --samples
         if c.init_from and "model" in given:
             raise ValueError("--init_from has sizes of its own: leave --model out")
         validate(c)
@@ -440,7 +452,8 @@ class Run:
         except ValueError as error:  # such as pictures that are gone
             return print0(f"warning: no evaluation: {error}")
         except data.LoadingError:
-            if not self.stop.received:  # a SIGTERM to all processes ends loading ones as well
+            # a SIGTERM to all processes ends loading ones as well; others may wait in a gather
+            if not self.stop.received or world_size() > 1:
                 raise
             return  # the next step notices the signal
         metrics = {}
@@ -542,7 +555,7 @@ def main():
     except (FloatingPointError, OSError, data.LoadingError) as error:
         sys.exit(f"train.py: {error}")  # status 1
     if dist.is_initialized():
-        dist.barrier()  # threads of a process that leaves early can abort the others
+        add_up(0)  # threads of a process that leaves early can abort the others
         dist.destroy_process_group()
 
 

@@ -149,14 +149,15 @@ def running(*args):
         process.communicate()
 
 
-def signal_at(monkeypatch, step, number=signal.SIGTERM):
+def signal_at(monkeypatch, step, number=signal.SIGTERM, times=1):
     """The next run in this process that comes to a step gets a signal there."""
     rate, pending = train.learning_rate, [step]
 
     def learning_rate(step, *rest):
         if step in pending:
             pending.clear()
-            os.kill(os.getpid(), number)
+            for _ in range(times):
+                os.kill(os.getpid(), number)
         return rate(step, *rest)
 
     monkeypatch.setattr(train, "learning_rate", learning_rate)

@@ -297,6 +297,14 @@ def test_what_a_camera_stores_turned_is_upright_in_both_crops(orientation):
         assert (turned.float() - plain).abs().mean() < 0.02 * 255
 
 
+def test_a_turned_photo_with_an_odd_tag_is_read_all_the_same():
+    """Orientation 6, and the name of the software as a fraction, which Pillow cannot write."""
+    tags = b"\2\0\x12\1\3\0\1\0\0\0\6\0\0\0\x31\1\5\0\1\0\0\0\x26\0\0\0"
+    exif = b"Exif\0\0II*\0\10\0\0\0" + tags + b"\0\0\0\0\1\0\0\0\1\0\0\0"
+    for crop in crops(encoded(photo(60, 40), "JPEG", exif=exif), 16):
+        assert crop.shape == (3, 16, 16)
+
+
 EPS = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n"
 
 

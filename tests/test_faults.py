@@ -1,5 +1,6 @@
 """Bad machines and bad luck: what happens to a run. Faults of inputs stand with their subjects."""
 
+import errno
 import math
 import multiprocessing
 import os
@@ -229,6 +230,22 @@ def test_a_signal_ends_the_waiting_for_workers_that_never_answer(tmp_path):
         writer.close()
     assert process.returncode == 0 and "go on with --resume" in out and "Traceback" not in err
     assert saved(tmp_path)["step"] == len(losses_of(tmp_path))
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    def refuse(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(train.fcntl, "lockf", refuse)
+    in_process(*SHORT, "--out_dir", tmp_path)
+    assert saved(tmp_path)["step"] == 8 and "warning: no lock on" in capsys.readouterr().out
+
+
+def test_evaluation_refuses_to_be_started_several_times_at_once(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(["ckpt.pt"])
+    assert "without torchrun" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------

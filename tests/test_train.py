@@ -201,14 +201,36 @@ def test_a_stopped_and_resumed_run_equals_the_undisturbed_one_bit_for_bit(
     assert skipped == saved(tmp_path / "parts")["skipped"] and bool(skipped) == (source != "shapes")
 
 
-def test_a_resumed_log_has_no_lines_beyond_the_checkpoint_and_no_half_lines(tmp_path, monkeypatch):
+@pytest.mark.parametrize("end", ['{"step": 7, "lo', "xx}\n", '{"a": 1}\n'])
+def test_a_resumed_log_ends_at_the_checkpoint_or_where_damage_begins(end, tmp_path, monkeypatch):
     signal_at(monkeypatch, step=5, number=signal.SIGUSR1)
     in_process(*SHORT, "--out_dir", tmp_path)
     with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"step": 6, "loss": 99}\n{"step": 7, "lo')
+        file.write('{"step": 6, "loss": 99}\n' + end)
     in_process("--resume", "--workers", 0, "--out_dir", tmp_path)
     assert [line["step"] for line in log_of(tmp_path) if "loss" in line] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert max(losses_of(tmp_path)) < 99
+
+
+def test_a_second_sigterm_changes_nothing(tmp_path, monkeypatch):
+    """Schedulers signal all processes, and torchrun passes its own on."""
+    signal_at(monkeypatch, step=5, times=2)
+    in_process(*SHORT, "--out_dir", tmp_path)
+    assert saved(tmp_path)["step"] == 5
+
+
+def test_a_finished_run_is_complete_also_for_fewer_samples(tmp_path, capsys):
+    in_process(*SHORT, "--out_dir", tmp_path)
+    in_process("--resume", "--samples", 2 * 8, "--out_dir", tmp_path)
+    assert "already complete: 8 steps" in capsys.readouterr().out
+
+
+def test_a_run_from_other_weights_goes_on_with_its_own_command(tmp_path):
+    in_process(*SHORT, "--out_dir", tmp_path / "first")
+    flags = ["--init_from", tmp_path / "first/ckpt.pt", "--init_logit_scale", 1.0, "--resume"]
+    for samples in (16, 32):
+        in_process(*SHORT, *flags, "--samples", samples, "--out_dir", tmp_path / "second")
+    assert saved(tmp_path / "second")["step"] == 4
 
 
 def test_ctrl_c_saves_and_ends_with_status_0(tmp_path):
