@@ -218,6 +218,7 @@ class Subject:
     def __init__(self, checkpoint):
         model = self.model = load_model(checkpoint)
         self.images, texts = evaluate.embed_hierarchy(model)
+        self.root = model.geometry.root(torch.cat([self.images, texts.flatten(0, 1)]))
         chains = data.held_out_levels()
         captions = list(itertools.chain.from_iterable(chains))
         self.captions = list(dict.fromkeys(captions))
@@ -236,9 +237,8 @@ class Subject:
 
 def distances_panel(sheet, subject, left, top, width, height):
     """Figures 2 and 4 of the paper: how far text and pictures are from the root."""
-    geometry, captions = subject.model.geometry, subject.texts[subject.own]
-    root = geometry.root(torch.cat([subject.images, subject.texts]))
-    radii = [geometry.distance_to_root(x, root).numpy() for x in (captions, subject.images)]
+    captions, radius = subject.texts[subject.own], subject.model.geometry.distance_to_root
+    radii = [radius(x, subject.root).numpy() for x in (captions, subject.images)]
     edges = np.linspace(0, 1.15 * max(map(max, radii)), 61)
     shares = [np.histogram(r, edges)[0] / len(r) for r in radii]
     right, up = width / edges[-1], height / (1.45 * np.max(shares))  # pixels per unit

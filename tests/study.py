@@ -206,7 +206,8 @@ def comparisons():
     clip, flat, curved = (DEFAULT[g] for g in ("clip", "euclidean", "hyperbolic"))
     pairs = [(flat, clip), (curved, clip), (flat, curved), (f"{flat}-0.2", clip),
              (f"{curved}-0.2", clip), ("euclidean-ln", clip), ("euclidean-ln", curved),
-             (flat, "clip-no_ln"), ("hyperbolic-no_ln", "clip-no_ln"), (flat, "hyperbolic-no_ln")]
+             ("hyperbolic-no_ln", clip), ("hyperbolic-no_ln", "clip-no_ln"),
+             (flat, "clip-no_ln"), (flat, "hyperbolic-no_ln")]
     for name in runs():
         geometry, _, *more = name.split("-")
         simpler = name.rpartition("-")[0] if more else DEFAULT[geometry]
