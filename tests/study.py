@@ -232,6 +232,14 @@ def report(found, samples):
             rows.append([f"{a} minus {b}", str(len(found[a].keys() & found[b].keys())), *cells])
     title = "differences in points, seed by seed: mean ± half of the 95 % interval (Student's t)"
     parts.append(markdown(title, ["difference", "seeds", *columns], rows))
+    columns, rows = {}, []
+    for more in TABLES.values():
+        columns |= more
+    for name, results in found.items():
+        for seed, result in results.items():
+            cells = [mean_and_deviation({seed: result}, *column) for column in columns.values()]
+            rows.append([name, str(seed), *cells])
+    parts.append(markdown("each run", ["run", "seed", *columns], rows))
     return "\n".join(parts) + "\n"
 
 
