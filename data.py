@@ -145,8 +145,9 @@ def read_slice(path, offset, size):
 
 def to_rgb(image):
     """Any mode -> RGB, upright, over white. 16-bit grey is rescaled, where Pillow would clip it."""
-    image.getexif()  # is kept; without its bytes exif_transpose cannot fail to write odd tags anew
-    image.info.pop("exif", None)
+    image.getexif()  # parsed and kept; exif_transpose would rewrite the raw bytes, odd tags fail
+    for name in ("exif", "Raw profile type exif"):
+        image.info.pop(name, None)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image, dtype=np.float64)

@@ -409,7 +409,8 @@ def print_results(results):
 
 def pick_device(name=None):
     """A name, or the best there is -> torch.device. Raises ValueError for one that is not there."""
-    name = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    other = "mps" if torch.backends.mps.is_available() else "cpu"
+    name = name or ("cuda" if torch.cuda.is_available() else other)
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
@@ -452,7 +453,7 @@ def parse_args(argv=None):
     add("--batch_size", type=int, default=64)
     add("--workers", type=int, default=cores(), help="loading processes")
     args = parser.parse_args(argv)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         parser.error("one process evaluates: start it without torchrun")
     for name, others in NEEDS.items():
         if getattr(args, name) and not any(getattr(args, other) for other in others):

@@ -171,9 +171,9 @@ def add_up(*numbers):
     if world_size() > 1:
         try:
             dist.all_reduce(numbers)  # numbers on the CPU travel by gloo
-        except RuntimeError:  # connection closed
+        except RuntimeError as error:
             time.sleep(5)  # the one that failed ends first, and torchrun shows its error
-            sys.exit("train.py: another process has failed")
+            sys.exit(f"train.py: another process has failed ({error})")
     return numbers.tolist()
 
 
@@ -182,8 +182,8 @@ STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 class StopSignals:
     """A signal ends the training: after the step, or at once if it waits for data. More of them
-    change nothing, as schedulers signal all processes and torchrun passes its own on, but a second
-    Ctrl-C kills."""
+    change nothing, as schedulers signal all processes and torchrun passes its own on, but Ctrl-C
+    after the first kills."""
 
     def __init__(self):
         self.received = self.waiting = False
@@ -329,10 +329,10 @@ def find_checkpoint(path, c, given):
 
 
 def open_log(path, step):
-    """log.jsonl up to step, or to a half line, which a kill can leave. Locked, so that no other run
-    writes here, until this process ends, however it ends."""
+    """log.jsonl up to step, or to the first damaged line: a kill can leave half of one. Locked, so
+    that no other run writes here, until this process ends, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    log = open(path, "a+")
+    log = open(path, "a+", encoding="latin-1")  # of damage, too, a character is a byte
     try:
         fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loading processes do not inherit it
     except (BlockingIOError, PermissionError):
@@ -361,8 +361,8 @@ class Run:
         before = checkpoint.get("train_config", {})  # flags that are not given stay as they were
         for name in before.keys() - given - {"resume", "out_dir", "device", "workers"}:
             setattr(c, name, before[name])
-        if "warmup" not in given and c.warmup and c.warmup >= c.samples // c.batch_size:
-            c.warmup = None  # worked out for more --samples
+        if checkpoint and checkpoint["step"] >= c.samples // c.batch_size:
+            c.warmup = 0  # complete, also if that is because of fewer --samples
         if c.init_from and "model" in given:
             raise ValueError("--init_from has sizes of its own: leave --model out")
         validate(c)
@@ -452,9 +452,10 @@ class Run:
         except ValueError as error:  # such as pictures that are gone
             return print0(f"warning: no evaluation: {error}")
         except data.LoadingError:
-            # a SIGTERM to all processes ends loading ones as well; others may wait in a gather
-            if not self.stop.received or world_size() > 1:
+            if not self.stop.received:  # a SIGTERM to all processes ends loading ones as well
                 raise
+            if world_size() > 1:  # others may wait in a gather
+                sys.exit("train.py: stopped while evaluating; go on with --resume")
             return  # the next step notices the signal
         metrics = {}
         for task in results.values():

@@ -247,8 +247,8 @@ def distances_panel(sheet, subject, left, top, width, height):
         y = bottom - up * share
         sheet.line([(left, y), (left + width, y)], GRID)
         sheet.text(left - 6, y, f"{100 * share:g} %", 11, FAINT, "rm")
-    for radius in ticks(edges[-1]):
-        sheet.text(left + right * radius, bottom + 6, f"{radius:g}", 11, FAINT, "ma")
+    for r in ticks(edges[-1]):
+        sheet.text(left + right * r, bottom + 6, f"{r:g}", 11, FAINT, "ma")
     for i, (name, colour) in enumerate((("text", TEXT), ("image", IMAGE))):
         steps = np.concatenate([[0], np.repeat(shares[i], 2), [0]])
         outline = np.stack([left + right * np.repeat(edges, 2), bottom - up * steps], -1)
@@ -256,7 +256,7 @@ def distances_panel(sheet, subject, left, top, width, height):
         sheet.line(outline, colour, 1.5)
         sheet.text(left + width, top + 2 + 16 * i, f"{name}, n = {len(radii[i])}", 12, colour, "ra")
     sheet.text(left, top - 20, subject.name, 13)
-    words = "distance from the root, 60 bins"
+    words = "distance from the root; % of n in 60 bins"
     sheet.text(left + width / 2, bottom + 22, words, 11, FAINT, "ma")
 
 
@@ -290,7 +290,7 @@ def traversal(subject, path, strips=6):
     names = [*(subject.captions[j] for j in chosen), "[ROOT]"]
     counts = [len(way) - 1 for way in ways]  # without the root
     order = sorted(range(len(ways)), key=lambda i: (-min(counts[i], 2), i not in theirs))
-    sheet, among = Sheet(860, 86 + 92 * strips), " whose cone holds the point" if K else ""
+    sheet, among = Sheet(860, 86 + 92 * strips), "" if K is None else " whose cone holds the point"
     title = f"{subject.name}: on the way to the root, the nearest of {len(chosen)} captions{among}"
     sheet.text(20, 14, title, 14)
     for row, i in enumerate(order[:strips]):

@@ -217,7 +217,9 @@ def comparisons():
 
 def report(found, samples):
     parts = [f"Written by tests/study.py: {samples:,} samples a run, torch {torch.__version__}. "
-             "Names and columns are explained in README, Results."]  # fmt: skip
+             "0.2: lambda; K: min_radius, 0.1 if not named, falling: to 0.1; ln, no_ln: the other "
+             "choice of final LayerNorms. Captions are met on the way from a picture to the root; "
+             "changes: from one to the next, of all pictures."]  # fmt: skip
     for title, columns in TABLES.items():
         rows = []
         for name, results in found.items():

@@ -242,7 +242,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys)
 
 
 def test_evaluation_refuses_to_be_started_several_times_at_once(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     with pytest.raises(SystemExit):
         evaluate.parse_args(["ckpt.pt"])
     assert "without torchrun" in capsys.readouterr().err

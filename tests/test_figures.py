@@ -136,7 +136,8 @@ def test_the_tables_of_a_study_by_hand(tmp_path):
         write_result(tmp_path, "clip-cosine", seed, clip)
         write_result(tmp_path, "clip-arc", seed, arc)
     lines = study.report(study.finished(tmp_path, seeds=10), 1000).splitlines()
-    accuracy, cones = (line for line in lines if line.startswith("| clip-cosine |"))
+    accuracy, cones, *each = (line for line in lines if line.startswith("| clip-cosine |"))
+    assert len(each) == 2 and each[0].startswith("| clip-cosine | 0 | 100.0 | 50.0 |")
     means = "100.0 ± 0.0 | 51.0 ± 1.4 | 50.0 ± 0.0 | 1.00 ± 0.00 | 2.00 ± 0.00 | 0.10 ± 0.00"
     assert accuracy == f"| clip-cosine | 2 | {means} | 0.20 ± 0.00 |"
     assert cones == "| clip-cosine | 2 |  |  |  | 1.00 ± 0.00 | 0 ± 0 |  |  |  |  |  |  |"

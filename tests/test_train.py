@@ -201,11 +201,11 @@ def test_a_stopped_and_resumed_run_equals_the_undisturbed_one_bit_for_bit(
     assert skipped == saved(tmp_path / "parts")["skipped"] and bool(skipped) == (source != "shapes")
 
 
-@pytest.mark.parametrize("end", ['{"step": 7, "lo', "xx}\n", '{"a": 1}\n'])
+@pytest.mark.parametrize("end", ['{"step": 7, "lo', "\xff}\n", '{"a": 1}\n'])
 def test_a_resumed_log_ends_at_the_checkpoint_or_where_damage_begins(end, tmp_path, monkeypatch):
     signal_at(monkeypatch, step=5, number=signal.SIGUSR1)
     in_process(*SHORT, "--out_dir", tmp_path)
-    with open(tmp_path / "log.jsonl", "a") as file:
+    with open(tmp_path / "log.jsonl", "a", encoding="latin-1") as file:
         file.write('{"step": 6, "loss": 99}\n' + end)
     in_process("--resume", "--workers", 0, "--out_dir", tmp_path)
     assert [line["step"] for line in log_of(tmp_path) if "loss" in line] == [1, 2, 3, 4, 5, 6, 7, 8]
