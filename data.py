@@ -472,6 +472,7 @@ def scan_shard(path):
     begins (a byte; -1: nowhere). Python's tarfile takes most damage for the end. But an undamaged
     archive ends with zeros, so damage is anything else after the last member."""
     members, links, end, total, damaged = {}, {}, 0, os.path.getsize(path), True
+    read_slice(path, 0, 1)  # raises if the file cannot be read, which is no damage
     with open(path, "rb") as file, suppress(Exception):  # tarfile raises nearly anything on noise
         tar = tarfile.open(fileobj=file, mode="r:")
         for member in tar:

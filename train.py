@@ -557,6 +557,7 @@ def main():
         sys.exit(f"train.py: {error}")  # status 1
     if dist.is_initialized():
         add_up(0)  # threads of a process that leaves early can abort the others
+        del run  # its DDP would free gloo under Python's lock, for which gloo's threads may wait
         dist.destroy_process_group()
 
 
