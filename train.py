@@ -177,9 +177,6 @@ def add_up(*numbers):
     return numbers.tolist()
 
 
-STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
 class StopSignals:
     """A signal ends the training: after the step, or at once if it waits for data. More of them
     change nothing, as schedulers signal all processes and torchrun passes its own on, but Ctrl-C
@@ -187,7 +184,7 @@ class StopSignals:
 
     def __init__(self):
         self.received = self.waiting = False
-        for number in STOP:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self.receive)
 
     def receive(self, number, frame):
