@@ -162,7 +162,7 @@ class Block(nn.Module):
         gelu = QuickGELU() if quick_gelu else nn.GELU()
         self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=gelu, c_proj=c_proj))
 
-    def forward(self, x, packing=None, pooled=None):
+    def forward(self, x, pooled=None, packing=None):
         x = x + self.attn(self.ln_1(x), packing)
         if pooled is not None:
             x = x.flatten(0, -2).index_select(0, pooled)  # (N, C)
@@ -180,8 +180,8 @@ class Transformer(nn.Module):
         tokens is in `pooled` (N,). Only these need the last MLP."""
         *blocks, last = self.resblocks
         for block in blocks:
-            x = block(x, packing)
-        return last(x, packing, pooled)
+            x = block(x, packing=packing)
+        return last(x, pooled, packing)
 
 
 class VisionTransformer(nn.Module):
