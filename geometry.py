@@ -27,7 +27,8 @@ from a matrix product, as 1 - cos g, with an error of 1e-7 in float32. Its squar
 logits `arc` and `distance` take, would be noise for near pairs. There `snap` takes a hav below
 4 eps for 0: directions within 1.4e-3 rad, and flat points within 1.4e-3 of their length, count as
 equal. Cones compare row with row and can afford hav = |u - v|^2 / 4: at 1e-4 rad, in 128
-dimensions, its error is 1e-4 of its value. All this wants float32 or float64, no autocast.
+dimensions, its error is 1e-4 of its value. All this wants float32 or float64: no autocast, and no
+TF32, whatever torch.compile advises.
 
 A *similarity* is larger for closer points: minus a distance, or a product. Axes: N images and M
 texts, or the other way round; D is the width of the embeddings.
@@ -62,7 +63,7 @@ def half_aperture(K, radius):
 
 
 def snap(x, unit=1.0):
-    """x, but 0 with gradient 0 up to 4 eps unit. There x is only the rounding error of a matrix
+    """x, but 0 with gradient 0 up to 4 * eps * unit. There x is only the rounding error of a matrix
     product with terms of size unit, and the gradient of sqrt(x) would amplify it."""
     return torch.where(x <= 4 * torch.finfo(x.dtype).eps * unit, 0.0, x)
 
@@ -197,7 +198,7 @@ class Euclidean(Geometry):
         d2 = torch.addmm(sums, x, y.T, alpha=-2)  # the law, multiplied out: |x|^2 + |y|^2 - 2 x.y
         if logit == "squared":
             return -torch.relu(d2)
-        return -safe_sqrt(snap(d2, 2 * sums.detach()))
+        return -safe_sqrt(snap(d2, 2 * sums))
 
     def cone(self, text, image, min_radius, curv=1.0):
         """-> exterior angle at each text towards its image, half-aperture of the text; (..., 1)."""
@@ -226,7 +227,7 @@ class Hyperbolic(Geometry):
         """Features (N, D), alpha () -> tangent vectors exp(alpha) features (N, D)."""
         return alpha.exp() * features
 
-    def polar(self, x, curv):
+    def scaled_polar(self, x, curv):
         """Radius sqrt(c) |x| and direction. sinh(a) sinh(b) overflows float32 beyond a + b = 90, so
         radii above 40 (float64: 319) count as 40: the loss of embeddings gone wild is finite, but
         there the radius has no gradient, and that of the curvature is wrong."""
@@ -237,15 +238,15 @@ class Hyperbolic(Geometry):
         """x (N, D), y (M, D), curv c > 0 -> (N, M): distance -d; squared -d^2; inner, the Lorentz
         product -cosh(sqrt(c) d) / c <= -1 / c. Source: MERU; EuCLIP for squared and inner."""
         logit = self.find_logit(logit)
-        a, u = self.polar(x, curv)  # (N, 1), (N, D)
-        b, v = self.polar(y, curv)  # (M, 1), (M, D)
+        a, u = self.scaled_polar(x, curv)  # (N, 1), (N, D)
+        b, v = self.scaled_polar(y, curv)  # (M, 1), (M, D)
         radial = torch.sinh((a - b.T) / 2)  # (N, M)
         sinh_a, sinh_b = torch.sinh(a), torch.sinh(b)
         sinh_ab = sinh_a * sinh_b.T  # (N, M)
         # sinh(a) sinh(b) hav = (sinh(a) sinh(b) - (sinh(a) u).(sinh(b) v)) / 2
         angular = torch.addmm(sinh_ab, sinh_a * u, (sinh_b * v).T, beta=0.5, alpha=-0.5)
         if logit == "distance":
-            angular = snap(angular, sinh_ab.detach())
+            angular = snap(angular, sinh_ab)
         sinh2 = radial.square() + torch.relu(angular)  # sinh^2(d / 2)
         if logit == "inner":
             return -(1 + 2 * sinh2) / curv  # cosh(d) = 1 + 2 sinh^2(d / 2)
@@ -256,8 +257,8 @@ class Hyperbolic(Geometry):
 
     def cone(self, text, image, min_radius, curv=1.0):
         """-> exterior angle at each text towards its image, half-aperture of the text; (..., 1)."""
-        a, u = self.polar(text, curv)
-        b, v = self.polar(image, curv)
+        a, u = self.scaled_polar(text, curv)
+        b, v = self.scaled_polar(image, curv)
         hav, sin = haversine(u, v)
         ahead = torch.sinh(b - a) - 2 * torch.cosh(a) * torch.sinh(b) * hav
         exterior = safe_atan2(torch.sinh(b) * sin, ahead)

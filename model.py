@@ -68,7 +68,7 @@ class Config:
 
 
 def sizes(image_size, patch_size, vision_width, vision_layers, text_width, text_layers, embed_dim):
-    return dict(locals())
+    return locals()
 
 
 PRESETS = {
@@ -132,7 +132,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x, packing=None):
-        """x (N, T, C), or packed (R, C) with packing = index (R,), N, T -> the same shape."""
+        """x (N, T, C), or packed (R, C) with packing = index (R,), N, T: see `pack_tokens`."""
         x = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         if packing:
             index, N, T = packing
@@ -162,10 +162,10 @@ class Block(nn.Module):
         gelu = QuickGELU() if quick_gelu else nn.GELU()
         self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=gelu, c_proj=c_proj))
 
-    def forward(self, x, pooled=None, packing=None):
+    def forward(self, x, pool_index=None, packing=None):
         x = x + self.attn(self.ln_1(x), packing)
-        if pooled is not None:
-            x = x.flatten(0, -2).index_select(0, pooled)  # (N, C)
+        if pool_index is not None:
+            x = x.flatten(0, -2).index_select(0, pool_index)  # (N, C)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -175,13 +175,13 @@ class Transformer(nn.Module):
         blocks = (Block(width, heads, quick_gelu, causal) for _ in range(layers))
         self.resblocks = nn.ModuleList(blocks)
 
-    def forward(self, x, pooled, packing=None):
+    def forward(self, x, pool_index, packing=None):
         """x (N, T, C), or packed (R, C) -> (N, C): one token of each sample, whose row among all
-        tokens is in `pooled` (N,). Only these need the last MLP."""
+        tokens is in `pool_index` (N,). Only these need the last MLP."""
         *blocks, last = self.resblocks
         for block in blocks:
             x = block(x, packing=packing)
-        return last(x, pooled, packing)
+        return last(x, pool_index, packing)
 
 
 class VisionTransformer(nn.Module):
@@ -337,7 +337,7 @@ class CLIP(nn.Module):
                 log["entailment"] = outside.mean()
                 log["in_cone"] = (outside == 0).float().mean()
                 if entailment_weight > 0:
-                    loss = contrastive + entailment_weight * outside.mean()
+                    loss = contrastive + entailment_weight * log["entailment"]
             with torch.no_grad():
                 root = geometry.root(torch.cat([all_image, all_text]))
                 log["text_radius"] = geometry.distance_to_root(text, root).mean()

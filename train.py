@@ -12,8 +12,8 @@ out/log.jsonl.
 
 import os
 
-# The two threads of torch wait for each other in a loop; beside other programs that takes most of
-# the time. GNU's OpenMP reads this when torch is imported. Measurements: tests/bench.py threads
+# Torch's threads wait for each other in a loop; beside other programs that takes most of the time.
+# GNU's OpenMP reads this when torch is imported. Measurements: tests/bench.py threads
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse
@@ -85,8 +85,8 @@ class TrainConfig:
     seed: int = flag(0, "of weights and data")
 
 
-# A resumed run cannot change these flags, but all others. What was worked out from them (warmup,
-# eval_every) stays, unless it is given.
+# A resumed run cannot change these flags, but all others. The first start's warmup and eval_every
+# stay, also with other --samples, unless they are given.
 FIXED = ("geometry", "logit", "model", "final_ln", "quick_gelu", "vision_heads", "text_heads",
          "init_from", "init_logit_scale", "data", "crop_scale", "tokenizer", "batch_size",
          "weight_decay", "beta2", "seed")  # fmt: skip
@@ -146,18 +146,19 @@ def print0(*args):
 
 def join_processes(name):
     """Meet the other processes, if torchrun started any -> the device of this one."""
-    device, backend = evaluate.pick_device(name), "gloo"
     if "RANK" not in os.environ:
         if os.environ.get("SLURM_NTASKS", "1") != "1":
             raise ValueError("each SLURM task would train alone; start one per machine, which runs "
                              "torchrun --nproc_per_node=GPUS train.py")  # fmt: skip
-        return device
-    if device.type == "cuda":
-        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        return evaluate.pick_device(name)
+    backend, gpus = "gloo", torch.cuda.device_count()
+    if gpus and (name or "cuda").startswith("cuda"):  # each has its own, and touches no other
+        local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= gpus:
             raise ValueError(f"process {local} has no GPU; use --nproc_per_node={gpus}")
-        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(device)
+        name, backend = f"cuda:{local}", "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(local)
+    device = evaluate.pick_device(name)
     if device.type == "mps":
         raise ValueError("several processes cannot share mps: use --device cpu")
     # A day, for evaluations of hours. When a process fails, torchrun ends the others
@@ -195,7 +196,8 @@ class StopSignals:
             raise KeyboardInterrupt
 
     def next(self, batches):
-        """-> a batch, or the exception that came instead: KeyboardInterrupt or LoadingError."""
+        """-> a batch, or the KeyboardInterrupt or LoadingError that came instead: not raised, for
+        all processes are to hear of it in their next sum."""
         try:
             self.waiting = True
             return KeyboardInterrupt() if self.received else next(batches)
@@ -237,7 +239,7 @@ def min_radius(step, steps, first, last):
 
 def build_model(c):
     torch.manual_seed(c.seed)  # the same weights on every process
-    settings = {name: getattr(c, name) for name in evaluate.OVERRIDES}
+    settings = {name: getattr(c, name) for name in evaluate.OVERRIDES}  # geometry, logit, ...
     if c.init_from:
         model = load_model(c.init_from, **settings).train()
         if c.final_ln not in (None, model.config.final_ln):
@@ -270,11 +272,10 @@ def build_optimizer(model, c):
 
 def split_batch(images, tokens, micro_batch, vocab_size, device):
     """-> [(images, tokens, index)] on the device, of micro_batch samples each; 0: of all."""
-    parts, size = [], micro_batch or len(images)
-    for part in zip(images.split(size), tokens.split(size)):
-        part = *part, pack_tokens(part[1], vocab_size)
-        parts.append([x.to(device, non_blocking=True) for x in part])
-    return parts
+    size = micro_batch or len(images)
+    parts = zip(images.split(size), tokens.split(size))
+    parts = [(*part, pack_tokens(part[1], vocab_size)) for part in parts]
+    return [[x.to(device, non_blocking=True) for x in part] for part in parts]
 
 
 def gradcache_backward(net, model, parts, autocast, *loss_args):
@@ -297,6 +298,7 @@ def gradcache_backward(net, model, parts, autocast, *loss_args):
         net.require_backward_grad_sync = i == len(parts) - 1  # DDP averages after the last part
         with autocast:
             outputs = net(*part)
+        # every part has the same scalars, so each gets a fraction of their gradient
         grads = image_grad[rows], text_grad[rows], scalars_grad / len(parts)
         torch.autograd.backward(outputs, grads)
     return losses
@@ -359,7 +361,7 @@ class Run:
         for name in before.keys() - given - {"resume", "out_dir", "device", "workers"}:
             setattr(c, name, before[name])
         if checkpoint and checkpoint["step"] >= c.samples // c.batch_size:
-            c.warmup = 0  # complete, also if that is because of fewer --samples
+            c.warmup = 0  # complete: `validate` shall not refuse one that is longer than the run
         if c.init_from and "model" in given:
             raise ValueError("--init_from has sizes of its own: leave --model out")
         validate(c)
@@ -495,17 +497,17 @@ def train(run):
         K = torch.full((), K, device=run.device)  # torch.compile would make a constant of a float
 
         batch = run.stop.next(run.batches)
-        failed = isinstance(batch, BaseException)
+        ended = isinstance(batch, BaseException)
         # one sum tells all processes whether any must stop, and how many samples were skipped
-        lost = Counter() if failed else Counter(batch[2])
-        stopping, *lost = add_up(failed, *(lost[reason] for reason in data.REASONS))
+        lost = Counter() if ended else Counter(batch[2])
+        stopping, *skipped = add_up(ended, *(lost[reason] for reason in data.REASONS))
         if stopping:
             run.save()
             add_up(0)  # until process 0 has written it
             if isinstance(batch, data.LoadingError):
                 raise batch
             return print0(f"stopped after step {step}; go on with --resume")
-        run.skipped += Counter(dict(zip(data.REASONS, map(int, lost))))
+        run.skipped += Counter(dict(zip(data.REASONS, map(int, skipped))))
         parts = split_batch(*batch[:2], c.micro_batch, model.config.vocab_size, run.device)
 
         if len(parts) == 1:

@@ -82,7 +82,6 @@ def as_torchrun_sets(monkeypatch, port, **changes):
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     as_torchrun_sets(monkeypatch, 1, LOCAL_RANK="3", WORLD_SIZE="4")
-    monkeypatch.setattr(evaluate, "pick_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="nproc_per_node=2"):
         train.join_processes("cuda")
