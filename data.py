@@ -31,7 +31,6 @@ import signal
 import sys
 import tarfile
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -145,7 +144,9 @@ def read_slice(path, offset, size):
 
 def to_rgb(image):
     """Any mode -> RGB, upright, over white. 16-bit grey is rescaled, where Pillow would clip it."""
-    image.getexif()  # parsed and kept; exif_transpose would rewrite the raw bytes, odd tags fail
+    image.load()
+    with suppress(Exception):  # noise in place of EXIF counts as none
+        image.getexif()  # parsed and kept. exif_transpose would rewrite raw bytes; odd tags fail
     for name in ("exif", "Raw profile type exif"):
         image.info.pop(name, None)
     image = ImageOps.exif_transpose(image)
@@ -194,17 +195,13 @@ def random_box(w, h, scale, rng):
 
 def load_training_crop(item, size, scale, rng):
     """A random rectangle of the picture, stretched to a square -> uint8 (3, size, size). A JPEG is
-    decoded at half, quarter or eighth size (`draft`) where that is enough, which is faster."""
+    decoded at half, quarter or eighth size (`draft`) if even the smallest box then has enough."""
     image = open_image(item)
-    # EXIF orientation: on its side. (Of a TIFF Pillow gives the upright size.)
-    turned = image.format != "TIFF" and image.getexif().get(0x0112) in (5, 6, 7, 8)
-    w, h = image.size[::-1] if turned else image.size
-    left, top, right, bottom = random_box(w, h, scale, rng)
-    shrink = min(right - left, bottom - top) / size
-    image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
+    w, h = image.size
+    shrink = min(w, h, math.sqrt(3 / 4 * scale * w * h)) / size  # by its shorter side
+    image.draft(None, (math.ceil(w / shrink), math.ceil(h / shrink)))
     image = to_rgb(image)
-    x, y = image.width / w, image.height / h
-    box = (left * x, top * y, right * x, bottom * y)
+    box = random_box(*image.size, scale, rng)
     return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=1.0))
 
 
@@ -339,8 +336,13 @@ def read_text(path):
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start:,}); save it so") from None
 
 
+def split_lines(text):
+    """Lines that are not blank. For str.splitlines a "\x85" in a caption would end one, too."""
+    return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
+
+
 def read_lines(path):
-    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    return split_lines(read_text(path))
 
 
 def is_hidden(path):
@@ -358,11 +360,11 @@ def list_pictures(folder):
             folders.clear()
             continue
         visited.add(os.path.realpath(path))
-        for name in files:
+        for name in itertools.filterfalse(is_hidden, files):
             extension = os.path.splitext(name)[1].lower()
-            if extension in PICTURES and not is_hidden(name):
+            if extension in PICTURES:
                 pictures.append(os.path.join(path, name))
-            elif not is_hidden(name):
+            else:
                 others[extension] += 1
     return sorted(pictures), others
 
@@ -388,7 +390,7 @@ def parse_captions(raw, in_json=False):
     """Bytes of a .txt, a caption a line, or of a .json -> what `clean_captions` takes, or None."""
     text = raw.decode("utf-8-sig", errors="replace")
     with suppress(ValueError, TypeError, KeyError, RecursionError):
-        return json.loads(text)["caption"] if in_json else text.splitlines()
+        return json.loads(text)["caption"] if in_json else split_lines(text)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -434,8 +436,8 @@ def read_folder(folder):
         text = text if text.exists() else text.with_suffix(".TXT")
         try:
             pairs.append((picture, parse_captions(text.read_bytes())))
-        except OSError as error:
-            left_out["no caption" if isinstance(error, FileNotFoundError) else str(error)] += 1
+        except OSError:  # none, or one that cannot be read
+            left_out["no caption"] += 1
     return pairs, left_out
 
 
@@ -462,7 +464,7 @@ def expand_shards(source):
         return [source]
     if not os.path.exists(source):
         for parts in (source.split("::"), expand_braces(source), sorted(glob.glob(source))):
-            if parts not in ([], [source]):
+            if parts not in ([], [source]):  # the first of the three that gives other names
                 return list(itertools.chain.from_iterable(map(expand_shards, parts)))
     raise ValueError(f"no file {os.path.abspath(source)}")
 
@@ -522,7 +524,8 @@ def index_shard(path):
             if tuple(index[0, :2]) == (stat.st_size, stat.st_mtime_ns) and index.shape[1] == 5:
                 return index
     index = make_index(path)
-    for file in files if index[0, 2] < 0 else ():  # damage may be a disk's that is mended later
+    undamaged = index[0, 2] < 0
+    for file in files if undamaged else ():  # damage may be a disk's that is mended later
         with suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(f"{file}.{os.getpid()}.tmp")
@@ -555,16 +558,16 @@ class Shard:
 def open_shards(source, verbose):
     """Tar shards -> their samples, a Counter of what was left out."""
     paths, shards, left_out = expand_shards(source), [], Counter()
-    with ProcessPoolExecutor(min(len(paths), os.cpu_count())) as pool:
-        for shard in pool.map(Shard, paths):
-            size, _, damage, incomplete, broken_links = shard.header
-            left_out += Counter({"incomplete sample": incomplete, "link": broken_links})
-            left_out += Counter({"damaged shard": int(damage >= 0)})
-            if verbose and damage >= 0:
-                print(f"warning: shard {shard.path} is damaged after byte {damage:,} of {size:,}")
-            shards.append(shard)
-            if verbose and len(shards) % 100 == 0:
-                print(f"{len(shards):,} of {len(paths):,} shards indexed", flush=True)
+    workers = min(len(paths), cores())
+    for shard in load(paths, batch_size=None, collate_fn=Shard, num_workers=workers):
+        size, _, damage, incomplete, broken_links = shard.header
+        left_out += Counter({"incomplete sample": incomplete, "link": broken_links})
+        left_out += Counter({"damaged shard": int(damage >= 0)})
+        if verbose and damage >= 0:
+            print(f"warning: shard {shard.path} is damaged after byte {damage:,} of {size:,}")
+        shards.append(shard)
+        if verbose and len(shards) % 100 == 0:
+            print(f"{len(shards):,} of {len(paths):,} shards indexed", flush=True)
     samples = ConcatDataset(shards)
     if len(samples) == 0:
         seen = dict(Counter(os.path.splitext(name)[1] for name in scan_shard(paths[0])[0]))
@@ -674,6 +677,12 @@ def collate(tokenizer, context_length, samples):
     return images, tokens, dict(sum(skipped, Counter()))  # pin_memory would double a Counter
 
 
+def cores():
+    """Those of this process, 8 at most: more loading processes take long to start."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 class LoadingError(RuntimeError):
     """No data can come any more."""
 
@@ -681,7 +690,8 @@ class LoadingError(RuntimeError):
 def prepare_worker(worker):
     """The training decides when to stop, so its workers ignore Ctrl-C and SIGUSR1, which can come
     to all processes. SIGTERM ends them at once: they must not inherit the training's handler. Their
-    errors reach the training by its queue; what else is printed is of memory nobody fetches."""
+    errors reach the training by its queue. The excepthook silences threads that hold batches which
+    nobody fetches when the training ends."""
     sys.excepthook = lambda *error: None
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -705,7 +715,8 @@ def load(dataset, **settings):
 def batches(source, config, batch_size, crop_scale=0.9, seed=0, rank=0, world_size=1, workers=0,
             step=0, pin_memory=False):  # fmt: skip
     """Endless (images, tokens, {reason: samples skipped}) of this process. source: samples of
-    `open_source`; config: the model's. Raises LoadingError if 100 samples and a tenth are bad."""
+    `open_source`; config: the model's. Raises LoadingError once 100 samples and a tenth of all are
+    bad."""
     taken, skipped = 0, Counter()
     local = batch_size // world_size  # process r takes the r-th slice of each batch
     starts = itertools.count(step * batch_size + rank * local, batch_size)

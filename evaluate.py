@@ -32,6 +32,7 @@ from model import load_model, rank, world_size
 
 PROMPTS = ["a photo of a {}.", "a picture of a {}.", "a close-up photo of a {}.",
            "a good photo of the {}.", "a drawing of a {}."]  # fmt: skip
+RECALLS = [[f"{way}_r{k}" for k in (1, 5, 10)] for way in ("i2t", "t2i")]
 STEPS = 50  # on the way to the root, as in MERU
 
 # ------------------------------------------------------------------------------------------------
@@ -69,12 +70,13 @@ def gather_rows(rows, what):
 def embed_images(model, items, batch_size=64, workers=0):
     """Items -> embeddings (N, D) of those that can be read, and their N indices."""
     pictures = Pictures(items[rank() :: world_size()], model.config.image_size)
+    # one column more than embeddings have: could the picture be read?
     rows = model.logit_scale.new_zeros(len(items), model.config.embed_dim + 1)
     blocks = rows[rank() :: world_size()].split(batch_size)
     loaded = data.load(pictures, batch_size=batch_size, num_workers=workers)
     for (images, readable), block in zip(loaded, blocks):
         block[:, :-1] = model.encode_image(images.to(rows.device))
-        block[:, -1] = readable  # one column more than embeddings have
+        block[:, -1] = readable
     rows = gather_rows(rows, "image")
     kept = rows[:, -1].nonzero().squeeze(1).tolist()
     if not kept:
@@ -90,10 +92,9 @@ def embed_texts(model, texts, batch_size=64):
         raise ValueError(f"the model has {c.vocab_size:,} tokens; which --tokenizer has as many?")
     rows = model.logit_scale.new_zeros(len(texts), c.embed_dim)
     blocks = rows[rank() :: world_size()].split(batch_size)
-    loaded = data.load(texts[rank() :: world_size()], batch_size=batch_size)
-    for strings, block in zip(loaded, blocks):
-        tokens = data.tokenize(strings, c.tokenizer, c.context_length)
-        block.copy_(model.encode_text(tokens.to(rows.device)))
+    tokens = data.tokenize(texts[rank() :: world_size()], c.tokenizer, c.context_length)
+    for part, block in zip(tokens.split(batch_size), blocks):
+        block.copy_(model.encode_text(part.to(rows.device)))
     return gather_rows(rows, "text")
 
 
@@ -146,10 +147,10 @@ def retrieval_metrics(similarity, images, texts, image_of_caption):
 
     i2t_r1, ...: of the images with captions, those with any of them among the first k texts.
     t2i_r1, ...: of the texts, those with their image among the first k. mean_r1: of both."""
-    N, M, owner = len(images), len(texts), image_of_caption.to(images.device)
-    i2t = wrong_before_right(similarity, images, texts, lambda i, j: owner[j] == i)
-    t2i = wrong_before_right(similarity, texts, images, lambda i, j: owner[i] == j)
-    captions = torch.bincount(owner.cpu(), minlength=N)  # how many each image has
+    N, M, image_of = len(images), len(texts), image_of_caption.to(images.device)
+    i2t = wrong_before_right(similarity, images, texts, lambda i, j: image_of[j] == i)
+    t2i = wrong_before_right(similarity, texts, images, lambda i, j: image_of[i] == j)
+    captions = torch.bincount(image_of.cpu(), minlength=N)  # how many each image has
     i2t, captions = i2t[captions > 0], captions[captions > 0].tolist()
     out, chance = {}, {}
     for k in (1, 5, 10):
@@ -187,9 +188,9 @@ def retrieval(model, items, captions, image_of_caption, left_out=(), **loading):
     pairs = [(caption, row[i]) for caption, i in zip(captions, image_of_caption) if i in row]
     if not pairs:
         raise ValueError("no picture that can be read has a caption")
-    texts, owner = zip(*pairs)
+    texts, image_of = zip(*pairs)
     embeddings = embed_texts(model, texts)
-    metrics = retrieval_metrics(model.similarity, images, embeddings, torch.tensor(owner))
+    metrics = retrieval_metrics(model.similarity, images, embeddings, torch.tensor(image_of))
     what = f"{len(kept)} pictures, {len(texts)} captions, any match counts"
     return metrics | protocol(model, what, items, kept, left_out)
 
@@ -205,8 +206,7 @@ def held_out(model, source, pairs, **loading):
     results = {"retrieval": retrieval(model, *pairs, **loading)}
     if source == "shapes":
         scenes = data.held_out_scenes()[: data.HELD_OUT]
-        classes = [" ".join(data.OBJECTS[first][1:]) for first, _, _ in scenes]
-        labels = [data.SHAPE_CLASSES.index(name) for name in classes]
+        labels = [first % len(data.SHAPE_CLASSES) for first, _, _ in scenes]  # see OBJECTS
         task = range(data.HELD_OUT), labels, data.SHAPE_CLASSES, data.SHAPE_TEMPLATES
         results["zero_shot"] = zero_shot(model, *task, **loading)
     return results
@@ -285,8 +285,10 @@ def hierarchy_metrics(model, images, texts):
     return out
 
 
-def traversal(model, pictures, captions, **loading):
-    texts, K = list(dict.fromkeys(data.read_lines(captions))), last_min_radius(model)
+def traversal(model, pictures, captions, min_radius=None, **loading):
+    """min_radius K of the cones; 0: without cones; None: as in the training."""
+    texts = list(dict.fromkeys(data.read_lines(captions)))
+    K = last_min_radius(model) if min_radius is None else min_radius or None
     if not texts:
         raise ValueError(f"{captions} has no captions")
     images, kept = embed_images(model, pictures, **loading)
@@ -377,12 +379,11 @@ def print_row(title, values):
 
 
 def print_results(results):
-    recalls = [[f"{way}_r{k}" for k in (1, 5, 10)] for way in ("i2t", "t2i")]
     for task, heads, rows in (
         ("zero_shot", "   top-1   top-5   per class",
          [("accuracy %", ["top1", "top5", "mean_per_class_recall"])]),
         ("retrieval", "     R@1     R@5    R@10",
-         [("image to text %", recalls[0]), ("text to image %", recalls[1])]),
+         [("image to text %", RECALLS[0]), ("text to image %", RECALLS[1])]),
     ):  # fmt: skip
         if r := results.get(task):
             print(f"{task}: {r['protocol']}\n{'':19}{heads}")
@@ -417,16 +418,11 @@ def pick_device(name=None):
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
-def cores():
-    """Those of this process, 8 at most: more loading processes take long to start."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
 OVERRIDES = {"geometry": str, "logit": str, "tokenizer": str, "quick_gelu": bool,
              "vision_heads": int, "text_heads": int}  # of load_model  # fmt: skip
 NEEDS = {"classnames": ["classification"], "templates": ["classification"],
-         "captions": ["traverse"], "traverse": ["captions"], "retrieval": ["images"],
+         "captions": ["traverse"], "traverse": ["captions"], "min_radius": ["traverse"],
+         "retrieval": ["images"],
          "query": ["images"], "images": ["retrieval", "query"]}  # fmt: skip
 
 
@@ -443,6 +439,8 @@ def parse_args(argv=None):
     add("--split", default="test", help="of the JSON")
     add("--traverse", metavar="IMG", nargs="+", help="the captions on their way to the root")
     add("--captions", metavar="FILE", help="the captions to choose from, one a line")
+    add("--min_radius", metavar="K", type=float, help="of the cones of --traverse; 0: without; "
+        "default: as in the training, for files of others 0.1")  # fmt: skip
     add("--query", metavar="TEXT", help="the nearest pictures of --images")
     add("--json", metavar="FILE", help="write all results there")
     for name, kind in OVERRIDES.items():
@@ -451,13 +449,15 @@ def parse_args(argv=None):
     add("--device", help="default: cuda, else mps, else cpu")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the towers")
     add("--batch_size", type=int, default=64)
-    add("--workers", type=int, default=cores(), help="loading processes")
+    add("--workers", type=int, default=data.cores(), help="loading processes")
     args = parser.parse_args(argv)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         parser.error("one process evaluates: start it without torchrun")
     for name, others in NEEDS.items():
-        if getattr(args, name) and not any(getattr(args, other) for other in others):
+        if getattr(args, name) is not None and not any(getattr(args, other) for other in others):
             parser.error(f"--{name} needs --{' or --'.join(others)}")
+    if args.batch_size < 1:
+        parser.error("--batch_size must be at least 1")
     if args.val_data and (args.retrieval or args.classification):
         parser.error("--val_data is a task of its own: leave --retrieval, --classification out")
     return args
@@ -474,7 +474,8 @@ def run(args):
         task = karpathy_split(args.retrieval, args.images, args.split)
         results["retrieval"] = retrieval(model, *task, **loading)
     if args.traverse:
-        results["traversal"] = traversal(model, args.traverse, args.captions, **loading)
+        task = args.traverse, args.captions, args.min_radius
+        results["traversal"] = traversal(model, *task, **loading)
     if args.query:
         results["query"] = search(model, args.query, args.images, **loading)
     if args.val_data or not results:
@@ -485,13 +486,12 @@ def run(args):
         results |= held_out(model, source, data.held_out_pairs(source), **loading)
         if source == "shapes":
             results["hierarchy"] = hierarchy_metrics(model, *embed_hierarchy(model, **loading))
-    print(f"pictures: shorter side to {model.config.image_size}, centre crop; towers in "
+    print(f"photos: shorter side to {model.config.image_size}, centre crop; towers in "
           f"{args.dtype}, similarities in float32, ties count against the model")  # fmt: skip
     print_results(results)
     if args.json:
-        recalls = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
         nothing = {"zero_shot": dict.fromkeys(("top1", "top5", "classes")),
-                   "retrieval": dict.fromkeys(recalls)}  # fmt: skip
+                   "retrieval": dict.fromkeys(sum(RECALLS, []))}  # tasks not run  # fmt: skip
         Path(args.json).write_text(json.dumps(nothing | results, indent=1) + "\n")
 
 

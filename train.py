@@ -116,7 +116,7 @@ def validate(c):
     steps, local = c.samples // c.batch_size, c.batch_size // world_size()
     c.warmup = min(500, steps * 2 // 5) if c.warmup is None else c.warmup
     c.eval_every = c.eval_every or max(1, math.ceil(steps / 5))
-    c.workers = evaluate.cores() if c.workers is None else c.workers
+    c.workers = data.cores() if c.workers is None else c.workers
     for wrong, message in (
         (c.entailment_weight and not geometry.cones,
          f"--entailment_weight needs cones; {c.geometry} has none: use another --geometry"),
@@ -547,7 +547,7 @@ def main():
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         run = Run(*parse_args())
-    except (ValueError, OSError, dist.DistError) as error:  # what a user can mend
+    except (ValueError, OSError, dist.DistError, data.LoadingError) as error:  # a user's to mend
         print(f"train.py: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     try:

@@ -188,7 +188,7 @@ def bench_evaluate(count=256):
                 model.encode_image(torch.stack(images).to(DEVICE))
 
         def ours():
-            evaluate.embed_images(model, jpegs, workers=evaluate.cores())
+            evaluate.embed_images(model, jpegs, workers=data.cores())
 
         fast, slow = seconds(ours, plain, repeats=3)
         print(f"{name:9} {count / fast:5.0f} pictures/s, {slow / fast:5.2f} times as fast")

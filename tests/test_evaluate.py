@@ -502,6 +502,10 @@ def test_traverse_prints_the_captions_from_each_picture_to_the_root(checkpoint, 
     assert way[-1][1] == "[ROOT]" and {c for _, c in way} <= {"a red thing", "a thing", "[ROOT]"}
     printed = capsys.readouterr().out
     assert "2 captions" in printed and "1 unreadable" in printed and "[ROOT]" in printed
+    for K in ("0.1", "0.6", "0"):  # the first is the default for files of others
+        run(checkpoint, *flags, *(["--min_radius", K] if K != "0.1" else []))
+        printed = capsys.readouterr().out
+        assert f"cone holds the point (K = {K})" in printed if K != "0" else "cone" not in printed
     captions.write_text("\n")
     with pytest.raises(ValueError, match="no captions"):
         run(checkpoint, *flags)
