@@ -146,8 +146,8 @@ def to_rgb(image):
     """Any mode -> RGB, upright, over white. 16-bit grey is rescaled, where Pillow would clip it."""
     image.load()
     with suppress(Exception):  # noise in place of EXIF counts as none
-        image.getexif()  # parsed and kept. exif_transpose would rewrite raw bytes; odd tags fail
-    for name in ("exif", "Raw profile type exif"):
+        image.getexif()  # Pillow keeps what it has parsed
+    for name in ("exif", "Raw profile type exif"):  # exif_transpose would write them; odd tags fail
         image.info.pop(name, None)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
@@ -195,10 +195,11 @@ def random_box(w, h, scale, rng):
 
 def load_training_crop(item, size, scale, rng):
     """A random rectangle of the picture, stretched to a square -> uint8 (3, size, size). A JPEG is
-    decoded at half, quarter or eighth size (`draft`) if even the smallest box then has enough."""
+    decoded at half, quarter or eighth size (`draft`) if the smallest box still keeps `size` pixels
+    on its shorter side."""
     image = open_image(item)
     w, h = image.size
-    shrink = min(w, h, math.sqrt(3 / 4 * scale * w * h)) / size  # by its shorter side
+    shrink = min(w, h, math.sqrt(scale * w * h * 3 / 4)) / size  # see random_box
     image.draft(None, (math.ceil(w / shrink), math.ceil(h / shrink)))
     image = to_rgb(image)
     box = random_box(*image.size, scale, rng)
@@ -436,8 +437,10 @@ def read_folder(folder):
         text = text if text.exists() else text.with_suffix(".TXT")
         try:
             pairs.append((picture, parse_captions(text.read_bytes())))
-        except OSError:  # none, or one that cannot be read
+        except FileNotFoundError:
             left_out["no caption"] += 1
+        except OSError:
+            left_out["caption that cannot be read"] += 1
     return pairs, left_out
 
 
@@ -558,7 +561,7 @@ class Shard:
 def open_shards(source, verbose):
     """Tar shards -> their samples, a Counter of what was left out."""
     paths, shards, left_out = expand_shards(source), [], Counter()
-    workers = min(len(paths), cores())
+    workers = min(len(paths), cores(), 16)
     for shard in load(paths, batch_size=None, collate_fn=Shard, num_workers=workers):
         size, _, damage, incomplete, broken_links = shard.header
         left_out += Counter({"incomplete sample": incomplete, "link": broken_links})
@@ -678,9 +681,8 @@ def collate(tokenizer, context_length, samples):
 
 
 def cores():
-    """Those of this process, 8 at most: more loading processes take long to start."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class LoadingError(RuntimeError):

@@ -91,10 +91,10 @@ def embed_texts(model, texts, batch_size=64):
     if data.vocab_size(c.tokenizer) != c.vocab_size:
         raise ValueError(f"the model has {c.vocab_size:,} tokens; which --tokenizer has as many?")
     rows = model.logit_scale.new_zeros(len(texts), c.embed_dim)
-    blocks = rows[rank() :: world_size()].split(batch_size)
-    tokens = data.tokenize(texts[rank() :: world_size()], c.tokenizer, c.context_length)
-    for part, block in zip(tokens.split(batch_size), blocks):
-        block.copy_(model.encode_text(part.to(rows.device)))
+    mine, blocks = texts[rank() :: world_size()], rows[rank() :: world_size()].split(batch_size)
+    for start, block in zip(range(0, len(mine), batch_size), blocks):
+        tokens = data.tokenize(mine[start : start + batch_size], c.tokenizer, c.context_length)
+        block.copy_(model.encode_text(tokens.to(rows.device)))
     return gather_rows(rows, "text")
 
 
@@ -439,8 +439,8 @@ def parse_args(argv=None):
     add("--split", default="test", help="of the JSON")
     add("--traverse", metavar="IMG", nargs="+", help="the captions on their way to the root")
     add("--captions", metavar="FILE", help="the captions to choose from, one a line")
-    add("--min_radius", metavar="K", type=float, help="of the cones of --traverse; 0: without; "
-        "default: as in the training, for files of others 0.1")  # fmt: skip
+    add("--min_radius", metavar="K", type=float, help="of the cones of --traverse; 0: all are "
+        "candidates; default: as in the training, for files of others 0.1")  # fmt: skip
     add("--query", metavar="TEXT", help="the nearest pictures of --images")
     add("--json", metavar="FILE", help="write all results there")
     for name, kind in OVERRIDES.items():
@@ -449,15 +449,15 @@ def parse_args(argv=None):
     add("--device", help="default: cuda, else mps, else cpu")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the towers")
     add("--batch_size", type=int, default=64)
-    add("--workers", type=int, default=data.cores(), help="loading processes")
+    add("--workers", type=int, default=min(8, data.cores()), help="loading processes")
     args = parser.parse_args(argv)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         parser.error("one process evaluates: start it without torchrun")
     for name, others in NEEDS.items():
         if getattr(args, name) is not None and not any(getattr(args, other) for other in others):
             parser.error(f"--{name} needs --{' or --'.join(others)}")
-    if args.batch_size < 1:
-        parser.error("--batch_size must be at least 1")
+    if args.batch_size < 1 or not 0 <= (args.min_radius or 0) < math.inf:
+        parser.error("--batch_size must be at least 1, --min_radius finite and at least 0")
     if args.val_data and (args.retrieval or args.classification):
         parser.error("--val_data is a task of its own: leave --retrieval, --classification out")
     return args

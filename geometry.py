@@ -27,7 +27,7 @@ from a matrix product, as 1 - cos g, with an error of 1e-7 in float32. Its squar
 logits `arc` and `distance` take, would be noise for near pairs. There `snap` takes a hav below
 4 eps for 0: directions within 1.4e-3 rad, and flat points within 1.4e-3 of their length, count as
 equal. Cones compare row with row and can afford hav = |u - v|^2 / 4: at 1e-4 rad, in 128
-dimensions, its error is 1e-4 of its value. It wants float32 or float64, no autocast, no TF32.
+dimensions, its error is 1e-4 of its value. All this wants float32 or 64: no autocast, no TF32.
 
 A *similarity* is larger for closer points: minus a distance, or a product. Axes: N images and M
 texts, or the other way round; D is the width of the embeddings.

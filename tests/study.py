@@ -136,6 +136,8 @@ TABLES = {
         "of image, training": ("log.image_radius", 1, 2),
         "radius of text, held out": ("hierarchy.text_radius.4", 1, 2),
         "of image, held out": ("hierarchy.image_radius", 1, 2)},
+    "radius of held-out captions by their level": {
+        f"level {i + 1}": (f"hierarchy.text_radius.{i}", 1, 2) for i in range(5)},
     "cones and ways to the root": {
         "in its caption's cone %, training": ("log.in_cone", 100, 1),
         "held out": ("hierarchy.own_in_cone.4", 100, 1),

@@ -121,6 +121,7 @@ def test_embeddings_do_not_depend_on_batches_or_workers_and_the_model_stays_as_i
     images = [evaluate.embed_images(model, range(20), **way)[0] for way in ways]
     strings = ["a", "some longer text", ""] * 5
     texts = [evaluate.embed_texts(model, strings, way["batch_size"]) for way in ways]
+    assert evaluate.embed_texts(model, []).shape == (0, model.config.embed_dim)
     for x in (images, texts):
         torch.testing.assert_close(x[1], x[0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(x[2], x[0], rtol=1e-5, atol=1e-6)
@@ -502,13 +503,26 @@ def test_traverse_prints_the_captions_from_each_picture_to_the_root(checkpoint, 
     assert way[-1][1] == "[ROOT]" and {c for _, c in way} <= {"a red thing", "a thing", "[ROOT]"}
     printed = capsys.readouterr().out
     assert "2 captions" in printed and "1 unreadable" in printed and "[ROOT]" in printed
-    for K in ("0.1", "0.6", "0"):  # the first is the default for files of others
-        run(checkpoint, *flags, *(["--min_radius", K] if K != "0.1" else []))
-        printed = capsys.readouterr().out
-        assert f"cone holds the point (K = {K})" in printed if K != "0" else "cone" not in printed
     captions.write_text("\n")
     with pytest.raises(ValueError, match="no captions"):
         run(checkpoint, *flags)
+
+
+def test_min_radius_chooses_the_cones_of_a_traversal(checkpoint, photos, monkeypatch, capsys):
+    def behind_a_red_thing_and_a_little_beside_it(model, items, **loading):
+        text, other = evaluate.embed_texts(model, ["a red thing", "something else"])
+        return (3 * text + 0.3 * other)[None], [0]
+
+    monkeypatch.setattr(evaluate, "embed_images", behind_a_red_thing_and_a_little_beside_it)
+    (photos.parent / "captions.txt").write_text("a red thing\na thing\n")
+    flags = ["--traverse", photos / "red.png", "--captions", photos.parent / "captions.txt"]
+    for K, met in (("0", True), ("100", True), ("1e-06", False)):  # none, half-spaces, needles
+        (way,) = run(checkpoint, *flags, "--min_radius", K)["traversal"]["retrieved"].values()
+        assert (len(way) > 1) is met
+        assert ("cone" in capsys.readouterr().out) is (K != "0")
+    for K in ("-1", "nan", "inf"):
+        with pytest.raises(SystemExit):
+            run(checkpoint, *flags, "--min_radius", K)
 
 
 def test_names_that_are_not_utf8_are_printed_with_escapes(checkpoint, photos, monkeypatch, capsys):

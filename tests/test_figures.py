@@ -118,7 +118,7 @@ def test_a_difference_has_the_interval_of_student():
 def write_result(out, name, seed, r1):
     folder = out / f"{name}-s{seed}"
     folder.mkdir()
-    hierarchy = {"text_radius": [9, 9, 9, 9, 0.1], "image_radius": 0.2, "general_nearer": 0.5,
+    hierarchy = {"text_radius": [5, 4, 3, 2, 0.1], "image_radius": 0.2, "general_nearer": 0.5,
                  "own_in_cone": None, "other_in_cone": None}  # fmt: skip
     way = {"captions": 1.0, "changes": 0, "to_general": None, "to_specific": None}
     result = {"zero_shot": {"top1": 1.0}, "retrieval": {"mean_r1": r1}, "hierarchy": hierarchy}
@@ -136,10 +136,12 @@ def test_the_tables_of_a_study_by_hand(tmp_path):
         write_result(tmp_path, "clip-cosine", seed, clip)
         write_result(tmp_path, "clip-arc", seed, arc)
     lines = study.report(study.finished(tmp_path, seeds=10), 1000).splitlines()
-    accuracy, cones, *each = (line for line in lines if line.startswith("| clip-cosine |"))
+    accuracy, radii, cones, *each = (line for line in lines if line.startswith("| clip-cosine |"))
     assert len(each) == 2 and each[0].startswith("| clip-cosine | 0 | 100.0 | 50.0 |")
     means = "100.0 ± 0.0 | 51.0 ± 1.4 | 50.0 ± 0.0 | 1.00 ± 0.00 | 2.00 ± 0.00 | 0.10 ± 0.00"
     assert accuracy == f"| clip-cosine | 2 | {means} | 0.20 ± 0.00 |"
+    means = " | ".join(f"{radius} ± 0.00" for radius in ("5.00", "4.00", "3.00", "2.00", "0.10"))
+    assert radii == f"| clip-cosine | 2 | {means} |"
     assert cones == "| clip-cosine | 2 |  |  |  | 1.00 ± 0.00 | 0 ± 0 |  |  |  |  |  |  |"
     difference = "+4.0 ± 12.7 | +0.0 ± 0.0 | +0.0 ± 0.0 |"
     assert f"| clip-arc minus clip-cosine | 2 | {difference}" in lines
