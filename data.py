@@ -527,8 +527,9 @@ def index_shard(path):
             if tuple(index[0, :2]) == (stat.st_size, stat.st_mtime_ns) and index.shape[1] == 5:
                 return index
     index = make_index(path)
-    undamaged = index[0, 2] < 0
-    for file in files if undamaged else ():  # damage may be a disk's that is mended later
+    if index[0, 2] >= 0:  # damage may be a disk's that is mended later
+        return index
+    for file in files:
         with suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(f"{file}.{os.getpid()}.tmp")
@@ -561,7 +562,7 @@ class Shard:
 def open_shards(source, verbose):
     """Tar shards -> their samples, a Counter of what was left out."""
     paths, shards, left_out = expand_shards(source), [], Counter()
-    workers = min(len(paths), cores(), 16)
+    workers = min(len(paths), cores(16))
     for shard in load(paths, batch_size=None, collate_fn=Shard, num_workers=workers):
         size, _, damage, incomplete, broken_links = shard.header
         left_out += Counter({"incomplete sample": incomplete, "link": broken_links})
@@ -680,9 +681,10 @@ def collate(tokenizer, context_length, samples):
     return images, tokens, dict(sum(skipped, Counter()))  # pin_memory would double a Counter
 
 
-def cores():
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def cores(most=8, processes=1):
+    """How many each of so many processes may use. (More loading ones would take long to start.)"""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(most, here // processes))
 
 
 class LoadingError(RuntimeError):

@@ -422,8 +422,8 @@ OVERRIDES = {"geometry": str, "logit": str, "tokenizer": str, "quick_gelu": bool
              "vision_heads": int, "text_heads": int}  # of load_model  # fmt: skip
 NEEDS = {"classnames": ["classification"], "templates": ["classification"],
          "captions": ["traverse"], "traverse": ["captions"], "min_radius": ["traverse"],
-         "retrieval": ["images"],
-         "query": ["images"], "images": ["retrieval", "query"]}  # fmt: skip
+         "retrieval": ["images"], "query": ["images"],
+         "images": ["retrieval", "query"]}  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -449,7 +449,7 @@ def parse_args(argv=None):
     add("--device", help="default: cuda, else mps, else cpu")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the towers")
     add("--batch_size", type=int, default=64)
-    add("--workers", type=int, default=min(8, data.cores()), help="loading processes")
+    add("--workers", type=int, default=data.cores(), help="loading processes")
     args = parser.parse_args(argv)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         parser.error("one process evaluates: start it without torchrun")

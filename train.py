@@ -117,7 +117,7 @@ def validate(c):
     c.warmup = min(500, steps * 2 // 5) if c.warmup is None else c.warmup
     c.eval_every = c.eval_every or max(1, math.ceil(steps / 5))
     if c.workers is None:
-        c.workers = min(8, max(1, data.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        c.workers = data.cores(processes=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     for wrong, message in (
         (c.entailment_weight and not geometry.cones,
          f"--entailment_weight needs cones; {c.geometry} has none: use another --geometry"),
