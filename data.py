@@ -1,18 +1,19 @@
-"""Captions to tokens, pictures to uint8 tensors, and where both come from.
+"""Captions to tokens, images to uint8 tensors, and the sources of both.
 
 A data source is one string:
 
-    shapes                       drawn as we go: coloured shapes, and captions of them
-    shards/{00000..01287}.tar    tar shards as img2dataset writes them; a glob; several, with ::
-    pairs.csv, pairs.tsv         columns `filepath` and `title`
-    a folder                     pictures, each with its caption in a .txt of the same name
+    shapes                       coloured shapes and their captions, drawn during training
+    shards/{00000..01287}.tar    tar shards as img2dataset writes them; a glob; several joined by ::
+    pairs.csv, pairs.tsv         columns `filepath` (relative to the list) and `title`
+    a folder                     images, each with its captions in a .txt of the same name
 
-Sample i can be read, or drawn, without the ones before it. So the batch of step s depends on the
-data, the flags and s alone, whatever the number of processes and of loading workers, and to resume
-a run is to go on counting. A sample that cannot be used is counted: in training another one takes
-its place, in evaluation it is left out.
+Sample i can be read or drawn without the samples before it. The batch of step s therefore depends
+only on the data, the flags and s, for any number of processes and loading workers. To resume a run,
+it is enough to know the step. Any exception that a sample raises is counted under the name of the
+exception. Training replaces such a sample by another one; evaluation skips it.
 
-Axes: N samples, T tokens, H, W pixels.
+An *image source* is a path, the bytes of a file, (tar, offset, size), a PIL image, or a function
+that draws the image: size -> PIL image. Axes: N samples, T tokens, H, W pixels.
 """
 
 import csv
@@ -30,8 +31,9 @@ import re
 import signal
 import sys
 import tarfile
-from collections import Counter
-from contextlib import suppress
+from array import array
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -40,11 +42,189 @@ import regex
 import tiktoken
 import tiktoken.load
 import torch
-from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, get_worker_info
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 # ------------------------------------------------------------------------------------------------
-# tokens. In every vocabulary of size V: start V - 2, end V - 1, padding 0 after the end
+# captions and images
+
+
+def tokenize(texts, tokenizer, context_length=77):
+    """One or N strings -> int64 (N, context_length): start, ids, end, zeros. Long texts are cut but
+    keep the end token. In every vocabulary of size V, start is V - 2, end is V - 1, and padding is
+    0. Unlike CLIP's own tokenizer, this one does not repair mis-encoded text."""
+    encode, V = find_tokenizer(tokenizer)
+    texts = [texts] if isinstance(texts, str) else texts
+    tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
+    for row, text in zip(tokens, texts):
+        text = " ".join(html.unescape(html.unescape(text)).split())  # CLIP's cleaning
+        ids = encode(text)[: context_length - 2]
+        row[: len(ids) + 2] = torch.tensor([V - 2, *ids, V - 1])
+    return tokens
+
+
+def load_image(image, size):
+    """Image source -> uint8 (3, size, size), by open_clip's evaluation crop: resize the shorter
+    side to `size` (bicubic), then crop the centre square. Raises what Pillow raises."""
+    if callable(image):
+        return to_tensor(image(size))
+    image = to_rgb(open_image(image))
+    w, h = image.size
+    new_w, new_h = size * w // min(w, h), size * h // min(w, h)
+    left, top = round((new_w - size) / 2), round((new_h - size) / 2)
+    box = left * w / new_w, top * h / new_h, (left + size) * w / new_w, (top + size) * h / new_h
+    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box))
+
+
+def random_box(w, h, scale, rng):
+    """RandomResizedCrop's box: its area is `scale` to 1 of the image, its aspect ratio 3/4 to 4/3.
+    If no such box fits (a very long strip), take the largest centred box with an allowed ratio."""
+    for _ in range(10):
+        area = w * h * rng.uniform(scale, 1)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        box_w, box_h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < box_w <= w and 0 < box_h <= h:
+            left, top = rng.randint(0, w - box_w), rng.randint(0, h - box_h)
+            return left, top, left + box_w, top + box_h
+    x, y = max(0, w - round(h * 4 / 3)) // 2, max(0, h - round(w * 4 / 3)) // 2
+    return x, y, w - x, h - y
+
+
+def load_training_crop(image, size, scale, rng):
+    """A random box of the image, resized to a square -> uint8 (3, size, size). To save time, JPEGs
+    are decoded at 1/2, 1/4 or 1/8 of their size (`draft`) if the shorter side of the smallest
+    possible box still has `size` pixels."""
+    if callable(image):
+        return to_tensor(image(size))
+    image = open_image(image)
+    w, h = image.size
+    shrink = min(w, h, math.sqrt(scale * w * h * 3 / 4)) / size  # limited by the smallest box
+    image.draft(None, (math.ceil(w / shrink), math.ceil(h / shrink)))
+    image = to_rgb(image)
+    box = random_box(*image.size, scale, rng)
+    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=1.0))
+
+
+# ------------------------------------------------------------------------------------------------
+# the training stream: an endless sequence of samples, in which every position is independent
+
+
+def shuffled(number, count, seed, block=2**16):
+    """Position in the endless stream -> index of a sample. Every epoch contains every sample once.
+    It shuffles blocks of consecutive samples (a shorter block comes last), and the samples within
+    each block. So only a few shards are in use at a time."""
+    epoch, i = divmod(number, count)
+    b, i = divmod(i, block)
+    if b < count // block:
+        b = int(permutation(count // block, seed, epoch)[b])  # b-th block of this epoch
+    size = min(block, count - b * block)
+    return b * block + int(permutation(size, seed, epoch, b)[i])
+
+
+@lru_cache(16)
+def permutation(count, *seed):
+    return np.random.default_rng(seed).permutation(count)
+
+
+class Samples(Dataset):
+    """Position in the stream -> image, caption, the samples that were skipped on the way."""
+
+    def __init__(self, source, seed, size, crop_scale):
+        self.source, self.seed, self.size, self.crop_scale = source, seed, size, crop_scale
+
+    def __getitem__(self, number):
+        rng, skipped = random.Random((self.seed << 48) | number), {}
+        i = self.source.at(number, self.seed)
+        for _ in range(100):
+            try:
+                image, captions = self.source[i]
+                caption = rng.choice(clean_captions(captions))
+                return load_training_crop(image, self.size, self.crop_scale, rng), caption, skipped
+            except Exception as error:  # Pillow raises almost any exception on damaged files
+                add_skip(skipped, type(error).__name__, self.source.name(i))
+            i = rng.randrange(len(self.source))  # try another sample
+        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), "", skipped
+
+
+def collate(tokenizer, context_length, samples):
+    """-> images uint8 (N, 3, H, W), tokens int64 (N, T), skipped samples. T <= context_length is
+    the longest caption's length, rounded up to a multiple of 8 so that few shapes occur."""
+    images, captions, skipped = zip(*samples)
+    images, tokens = torch.stack(images), tokenize(captions, tokenizer, context_length)
+    longest = int((tokens == vocab_size(tokenizer) - 1).int().argmax(1).max()) + 1
+    tokens = tokens[:, : 8 * math.ceil(longest / 8)].contiguous()
+    if get_worker_info():  # a full /dev/shm raises here, but would hang in the worker's queue
+        images, tokens = images.share_memory_(), tokens.share_memory_()
+    return images, tokens, merge_skips(skipped)
+
+
+def batches(source, config, batch_size, crop_scale=0.9, seed=0, rank=0, world_size=1, workers=0,
+            step=0, pin_memory=False):
+    """Endless batches (images, tokens, skipped samples) of this process, beginning at `step`.
+    source: see `open_source`; config: the model's. Raises LoadingError once 100 samples, and more
+    than a tenth of all, are unreadable."""
+    local = batch_size // world_size  # process r takes the r-th slice of each batch
+    starts = itertools.count(step * batch_size + rank * local, batch_size)
+    loader = load(
+        Samples(source, seed, config.image_size, crop_scale),
+        batch_sampler=(range(start, start + local) for start in starts),
+        collate_fn=partial(collate, config.tokenizer, config.context_length),
+        num_workers=workers, pin_memory=pin_memory,
+    )
+    taken, all_skipped = 0, {}
+    for images, tokens, skipped in loader:
+        all_skipped = merge_skips([all_skipped, skipped])
+        taken, bad = taken + len(images), sum(count for count, _ in all_skipped.values())
+        if bad >= 100 and bad > 0.1 * (bad + taken):
+            Error = ValueError if taken == len(images) else LoadingError  # nothing is trained yet
+            raise Error(f"{bad:,} of {bad + taken:,} samples are unreadable: "
+                        + describe_skips(all_skipped))
+        yield images, tokens, skipped
+
+
+# ---- below: vocabularies, decoding, and the files that samples come from -----------------------
+
+
+@contextmanager
+def reading(name):
+    """Turn any exception raised while reading `name` into a one-line ValueError with that name."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ValueError(f"{name}: {type(error).__name__}: {reason}") from None
+
+
+def print0(*words):
+    """Print on process 0. If nobody reads stdout any more, this ends the printing, not the run."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        print(*words, flush=True)
+    except (OSError, ValueError):
+        with suppress(Exception):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def add_skip(skipped, kind, name, count=1):
+    """skipped is {kind: [how often it was skipped, the first name]}."""
+    skipped.setdefault(kind, [0, str(name)])[0] += count
+
+
+def merge_skips(several):
+    total = {}
+    for skipped in several:
+        for kind, (count, name) in skipped.items():
+            add_skip(total, kind, name, count)
+    return total
+
+
+def describe_skips(skipped):
+    return ", ".join(f"{n:,} {kind} ({name})" for kind, (n, name) in skipped.items()) or "none"
+
+
+# ------------------------------------------------------------------------------------------------
+# vocabularies
 
 CLIP_VOCABULARY = (
     "https://raw.githubusercontent.com/openai/CLIP/d05afc436d78f1c48dc0dbf8e5980a9d471f35f6/"
@@ -58,14 +238,14 @@ CLIP_WORDS = regex.compile(r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\
 def clip_encoding():
     """CLIP's byte-pair encoding as a tiktoken Encoding.
 
-    In CLIP's vocabulary the last letter of a word carries a mark: c a t</w>. tiktoken knows only
-    bytes, so here the mark is a byte of its own, a newline after the word: "cat\\n". The first
-    merges join every byte with that newline, which gives CLIP's marked letters. The rest are its
-    own.
+    CLIP's vocabulary marks the last letter of every word: c a t</w>. tiktoken's tokens are byte
+    strings, so we use an extra byte as the mark, a newline after the word: "cat\\n". The first
+    merges join every byte with the newline, which gives CLIP's marked letters. All other merges are
+    CLIP's own.
     """
     raw = gzip.decompress(tiktoken.load.read_file_cached(CLIP_VOCABULARY, CLIP_SHA256))
-    merges = raw.decode().split("\n")[1:48_895]  # a version line first; CLIP uses 48,894
-    # CLIP spells a printable byte as itself, the others as chr(256), chr(257), ...
+    merges = raw.decode().split("\n")[1:48_895]  # line 0 is a version; CLIP uses 48,894 merges
+    # CLIP writes printable bytes as themselves and the others as chr(256), chr(257), ...
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     byte_of = {256 + i: b for i, b in enumerate(others)}
@@ -85,20 +265,17 @@ def clip_ids(text):
 
 @lru_cache
 def find_tokenizer(name):
-    """bytes, clip, or a name that tiktoken knows -> (text to ids, V). Raises ValueError."""
-    names = ["bytes", "clip", *tiktoken.list_encoding_names()]
-    if name not in names:
-        raise ValueError(f"no tokenizer {name!r}; choose one of {', '.join(names)}")
+    """bytes, clip, or a name known to tiktoken -> (function: text to ids, V). Raises ValueError."""
     if name == "bytes":
         return lambda text: list(text.encode("utf-8", errors="replace")), 256 + 2
-    try:
+    known, file = tiktoken.list_encoding_names(), hashlib.sha1(CLIP_VOCABULARY.encode()).hexdigest()
+    if name not in ["clip", *known]:
+        raise ValueError(f"no tokenizer {name!r}; choose one of bytes, clip, {', '.join(known)}")
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", "the folder TIKTOKEN_CACHE_DIR")
+    print0(f"loading the vocabulary {name}; tiktoken fetches it if it is not in {folder}")
+    hint = f"; put {CLIP_VOCABULARY} there as {file}" if name == "clip" else ""
+    with reading(f"the vocabulary {name} is not in {folder} and cannot be fetched{hint}"):
         encoding = clip_encoding() if name == "clip" else tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:  # among them those of a download
-        folder = os.environ.get("TIKTOKEN_CACHE_DIR", "the folder TIKTOKEN_CACHE_DIR")
-        file = hashlib.sha1(CLIP_VOCABULARY.encode()).hexdigest()
-        hint = f"; put {CLIP_VOCABULARY} there as {file}" if name == "clip" else ""
-        raise ValueError(f"the vocabulary of {name!r} is neither in {folder} nor to be downloaded "
-                         f"({type(error).__name__}){hint}") from None  # fmt: skip
     return clip_ids if name == "clip" else encoding.encode_ordinary, encoding.n_vocab + 2
 
 
@@ -106,53 +283,44 @@ def vocab_size(tokenizer):
     return find_tokenizer(tokenizer)[1]
 
 
-def tokenize(texts, tokenizer, context_length=77):
-    """Any string, or N of them -> int64 (N, context_length): start, ids, end, zeros. Long ones are
-    cut; the end token stays. Unlike CLIP's own tokenizer this does not repair encodings."""
-    encode, V = find_tokenizer(tokenizer)
-    texts = [texts] if isinstance(texts, str) else texts
-    tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
-    for row, text in zip(tokens, texts):
-        text = " ".join(html.unescape(html.unescape(text)).split())  # as CLIP cleans
-        ids = encode(text)[: context_length - 2]
-        row[: len(ids) + 2] = torch.tensor([V - 2, *ids, V - 1])
-    return tokens
-
-
 # ------------------------------------------------------------------------------------------------
-# pictures
+# decoding
 
-Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses more than twice as many: a bomb
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start another program
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-
-
-def open_image(item):
-    """item: a path, bytes, a file, or (tar, offset, size) -> PIL image, not yet decoded."""
-    if isinstance(item, tuple):
-        item = read_slice(*item)
-    if isinstance(item, bytes):
-        item = io.BytesIO(item)
-    return Image.open(item, formats=FORMATS)
+Image.MAX_IMAGE_PIXELS = 100_000_000  # above twice this, Pillow suspects a decompression bomb
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # not EPS, which starts another program
+IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
-def read_slice(path, offset, size):
+def read_bytes(place):
+    """A path, bytes, or (tar, offset, size) -> bytes."""
+    if not isinstance(place, tuple):
+        return place if isinstance(place, bytes) else Path(place).read_bytes()
+    path, offset, size = place
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(size)
 
 
+def open_image(image):
+    """Image source -> PIL image, not decoded yet."""
+    if isinstance(image, Image.Image):
+        return image.copy()
+    return Image.open(io.BytesIO(read_bytes(image)), formats=FORMATS)
+
+
 def to_rgb(image):
-    """Any mode -> RGB, upright, over white. 16-bit grey is rescaled, where Pillow would clip it."""
+    """PIL image -> RGB, upright, over white. We rescale 16-bit grey, which Pillow would clip."""
     image.load()
-    with suppress(Exception):  # noise in place of EXIF counts as none
+    with suppress(Exception):  # ignore EXIF data that cannot be parsed
         image.getexif()  # Pillow keeps what it has parsed
-    for name in ("exif", "Raw profile type exif"):  # exif_transpose would write them; odd tags fail
+    for name in ("exif", "Raw profile type exif"):  # exif_transpose would rewrite them and can fail
         image.info.pop(name, None)
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode == "F":
+        raise ValueError("an image of floating-point numbers has no known range")
+    if image.mode.startswith("I"):
         grey = np.asarray(image, dtype=np.float64)
-        top = 65535 if grey.max() > 255 else 255  # or 8-bit numbers in a wider type
+        top = 65535 if grey.max() > 255 else 255  # 255: 8-bit values in a wider type
         image = Image.fromarray((grey.clip(0, top) * (255 / top)).astype(np.uint8))
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -164,575 +332,391 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # uint8 (3, H, W)
 
 
-def load_image(path, size):
-    """What `open_image` takes -> uint8 (3, size, size): open_clip's evaluation crop, the shorter
-    side to `size`, bicubic, then the centre square. Raises what Pillow raises."""
-    image = to_rgb(open_image(path))
-    w, h = image.size
-    x, y = max(0, w - 16 * h) // 2, max(0, h - 16 * w) // 2
-    if x or y:  # of a strip, cut off what the crop never sees, before it gets huge
-        image = image.crop((x, y, w - x, h - y))
-        w, h = image.size
-    w, h = size * w // min(w, h), size * h // min(w, h)
-    image = image.resize((w, h), Image.Resampling.BICUBIC)
-    left, top = round((w - size) / 2), round((h - size) / 2)
-    return to_tensor(image.crop((left, top, left + size, top + size)))
-
-
-def random_box(w, h, scale, rng):
-    """RandomResizedCrop's rectangle: area `scale` to 1 of the picture, aspect ratio 3/4 to 4/3. Of
-    a strip, where that is impossible, the largest one in the middle with such a ratio."""
-    for _ in range(10):
-        area = w * h * rng.uniform(scale, 1)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        box_w, box_h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < box_w <= w and 0 < box_h <= h:
-            left, top = rng.randint(0, w - box_w), rng.randint(0, h - box_h)
-            return left, top, left + box_w, top + box_h
-    x, y = max(0, w - round(h * 4 / 3)) // 2, max(0, h - round(w * 4 / 3)) // 2
-    return x, y, w - x, h - y
-
-
-def load_training_crop(item, size, scale, rng):
-    """A random rectangle of the picture, stretched to a square -> uint8 (3, size, size). A JPEG is
-    decoded at half, quarter or eighth size (`draft`) if the smallest box still keeps `size` pixels
-    on its shorter side."""
-    image = open_image(item)
-    w, h = image.size
-    shrink = min(w, h, math.sqrt(scale * w * h * 3 / 4)) / size  # see random_box
-    image.draft(None, (math.ceil(w / shrink), math.ceil(h / shrink)))
-    image = to_rgb(image)
-    box = random_box(*image.size, scale, rng)
-    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=1.0))
-
-
-# ------------------------------------------------------------------------------------------------
-# shapes: a world with a hierarchy. With the same Pillow all machines draw the same
-
-COLOURS = {"red": (240, 50, 50), "orange": (255, 140, 20), "yellow": (250, 220, 40),
-           "green": (60, 200, 80), "cyan": (60, 210, 220), "blue": (70, 110, 255),
-           "purple": (170, 80, 230), "pink": (250, 130, 190)}  # fmt: skip
-POLYGONS = {"circle": None, "ring": None,  # corners in thousandths of the radius
-    "square": [(-900, -900), (900, -900), (900, 900), (-900, 900)],
-    "triangle": [(0, -1000), (1000, 840), (-1000, 840)],
-    "cross": [(-260, -1000), (260, -1000), (260, -260), (1000, -260), (1000, 260), (260, 260),
-              (260, 1000), (-260, 1000), (-260, 260), (-1000, 260), (-1000, -260), (-260, -260)],
-    "star": [(0, -1080), (235, -323), (1027, -333), (380, 123), (634, 873), (0, 400), (-634, 873),
-             (-380, 123), (-1027, -333), (-235, -323)]}  # fmt: skip
-SIZES = {"small": (250, 290), "large": (420, 460)}  # radius in thousandths of half the picture
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-LEVELS = ("a shape", "something red / a circle", "a red circle", "a small red circle",
-          "a small red circle left of a large blue square")  # fmt: skip
-OBJECTS = list(itertools.product(SIZES, COLOURS, POLYGONS))  # 96
-SHAPE_CLASSES = [f"{colour} {kind}" for colour in COLOURS for kind in POLYGONS]  # 48
-SHAPE_TEMPLATES = ["a {}", "a small {}", "a large {}"]
-HELD_OUT = 480  # pictures of one object (ten of each class) to evaluate on, and as many of two
-
-
-def mirrored(scene):
-    """The same picture in other words: A left of B is B right of A."""
-    first, relation, second = scene
-    return second, relation ^ 1, first
-
-
-def is_held_out(scene):
-    """A tenth of all arrangements of two objects, in whatever words, is never drawn in training."""
-    first, relation, second = min(scene, mirrored(scene))
-    return ((first * 4 + relation) * 96 + second) * 2_654_435_761 % 2**32 % 10 == 0
-
-
-def random_scene(rng, two):
-    """-> indices (first object, relation, second object), the last two None for one object."""
-    first = int(rng.random() * 96)
-    if not two:
-        return first, None, None
-    scene = first, int(rng.random() * 4), int(rng.random() * 96)
-    return random_scene(rng, two) if is_held_out(scene) else scene
-
-
-def describe(scene, rng):
-    """-> all captions of a scene, from general to specific: see LEVELS. One object has four."""
-    first, relation, second = scene
-    size, colour, kind = OBJECTS[first]
-    half = f"something {colour}" if rng.random() < 0.5 else f"a {kind}"
-    captions = ["a shape", half, f"a {colour} {kind}", f"a {size} {colour} {kind}"]
-    if second is not None:
-        other = " ".join(OBJECTS[second])
-        captions.append(f"{captions[-1]} {list(RELATIONS)[relation]} a {other}")
-    return captions
-
-
-def draw(scene, rng, size):
-    """A scene -> RGB image: place, size, shade and background vary. Drawn twice as large."""
-    grey = int(rng.uniform(10, 50))  # dark: on any grey a small ViT needs several times the samples
-    blue = int(rng.uniform(grey - 12, grey + 12))
-    canvas = Image.new("RGB", (2 * size, 2 * size), (grey, grey, blue))
-    pen = ImageDraw.Draw(canvas)
-    first, relation, second = scene
-    objects = [(first, 0, 0)]
-    if second is not None:
-        dx, dy = list(RELATIONS.values())[relation]
-        objects = [(first, dx, dy), (second, -dx, -dy)]  # on opposite sides
-    for index, dx, dy in objects:
-        object_size, colour, kind = OBJECTS[index]
-        r = int(rng.uniform(*SIZES[object_size])) * size // 1000
-        x = (1000 + 520 * dx + int(rng.uniform(-60, 60))) * size // 1000
-        y = (1000 + 520 * dy + int(rng.uniform(-60, 60))) * size // 1000
-        fill = tuple(min(255, int(rng.uniform(c - 18, c + 18))) for c in COLOURS[colour])
-        box = (x - r, y - r, x + r, y + r)
-        if kind == "circle":
-            pen.ellipse(box, fill)
-        elif kind == "ring":
-            pen.ellipse(box, outline=fill, width=max(1, r * 2 // 5))
-        else:
-            corners = [(x + a * r // 1000, y + b * r // 1000) for a, b in POLYGONS[kind]]
-            pen.polygon(corners, fill)
-    return canvas.reduce(2)
-
-
-def draw_sample(rng, size):
-    """-> uint8 (3, size, size), caption. Of the pictures 20 % show two objects."""
-    two = rng.random() < 0.2
-    scene, at = random_scene(rng, two), rng.random()
-    bounds = (0.03, 0.08, 0.25, 0.45) if two else (0.03, 0.10, 0.40)  # level 0 below the first
-    level = sum(at >= bound for bound in bounds)
-    return to_tensor(draw(scene, rng, size)), describe(scene, rng)[level]
-
-
-@lru_cache
-def held_out_scenes():
-    """HELD_OUT scenes of one object: known objects, newly drawn. Then HELD_OUT of two objects, in
-    arrangements that are never drawn in training."""
-    rng = random.Random("held out")
-    ones = [(i % 96, None, None) for i in range(HELD_OUT)]
-    twos = itertools.product(range(96), range(4), range(96))
-    twos = [scene for scene in twos if is_held_out(scene) and scene <= mirrored(scene)]
-    twos = sorted(twos, key=lambda scene: rng.random())[:HELD_OUT]
-    return ones + [scene if rng.random() < 0.5 else mirrored(scene) for scene in twos]
-
-
-def held_out_levels():
-    """The captions of each held-out picture of two objects, one per level."""
-    rng = random.Random("levels")
-    return [describe(scene, rng) for scene in held_out_scenes()[HELD_OUT:]]
-
-
-def load_item(item, size):
-    """What `open_image` takes, or the number of a held-out scene -> uint8 (3, size, size)."""
-    if isinstance(item, int):
-        scene = held_out_scenes()[item]
-        return to_tensor(draw(scene, random.Random(f"held out {item}"), size))
-    return load_image(item, size)
-
-
-# ------------------------------------------------------------------------------------------------
-# text and folders, as people have them
-
-
-def read_text(path):
-    """UTF-8, with or without a byte order mark. Raises ValueError for other encodings."""
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start:,}); save it so") from None
-
-
-def split_lines(text):
-    """Lines that are not blank. For str.splitlines a "\x85" in a caption would end one, too."""
-    return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
-
-
-def read_lines(path):
-    return split_lines(read_text(path))
-
-
-def is_hidden(path):
-    """Is a part of the path hidden, or what macOS puts beside the files?"""
-    return any(part.startswith(".") or part == "__MACOSX" for part in Path(path).parts)
-
-
-def list_pictures(folder):
-    """-> sorted picture paths, and a Counter of the extensions of all other files. Links to folders
-    are followed; hidden files and folders are not data."""
-    pictures, others, visited = [], Counter(), set()
-    for path, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
-        if os.path.realpath(path) in visited:  # links can form a loop
-            folders.clear()
-            continue
-        visited.add(os.path.realpath(path))
-        for name in itertools.filterfalse(is_hidden, files):
-            extension = os.path.splitext(name)[1].lower()
-            if extension in PICTURES:
-                pictures.append(os.path.join(path, name))
-            else:
-                others[extension] += 1
-    return sorted(pictures), others
-
-
-class BadCaption(ValueError):
-    """The reason why a sample has no caption that can be used."""
+class NoCaption(ValueError):
+    pass
 
 
 def clean_captions(captions):
-    """A string or a list of them -> list of those that are not empty: no NUL, at most 10,000
-    characters each. Raises BadCaption if none is left, or if one is no string."""
-    captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-        raise BadCaption("caption broken")
+    """A caption or a list of captions -> list of the nonempty ones, without NUL and truncated to
+    10,000 characters. Raises NoCaption if none remains, another error if one is not a string."""
+    captions = captions if isinstance(captions, list) else [captions]
     captions = [caption.replace("\0", " ").strip()[:10_000] for caption in captions]
     captions = [caption for caption in captions if caption]
     if not captions:
-        raise BadCaption("no caption")
+        raise NoCaption
     return captions
 
 
 def parse_captions(raw, in_json=False):
-    """Bytes of a .txt, a caption a line, or of a .json -> what `clean_captions` takes, or None."""
-    text = raw.decode("utf-8-sig", errors="replace")
-    with suppress(ValueError, TypeError, KeyError, RecursionError):
-        return json.loads(text)["caption"] if in_json else split_lines(text)
+    """Bytes of a .txt (one caption per line) or of a .json -> its captions. Raises UnicodeError for
+    other encodings than UTF-8, and what json raises."""
+    text = raw.decode("utf-8-sig")
+    if text.count("\0") > len(text) / 4:
+        raise UnicodeError("this is UTF-16 without a byte order mark")
+    return json.loads(text)["caption"] if in_json else split_lines(text)
+
+
+def split_lines(text):
+    """The nonblank lines. str.splitlines would also split a caption at characters like "\x85"."""
+    return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
+
+
+def read_lines(path):
+    with reading(path):
+        return split_lines(Path(path).read_bytes().decode("utf-8-sig"))
 
 
 # ------------------------------------------------------------------------------------------------
-# sources: lists of samples. A sample is what `open_image` takes, and its captions; a sample that
-# cannot be read raises an error, which `skip_reason` names
+# sources
+
+
+@dataclass
+class HeldOut:
+    """What `evaluate.retrieval` needs: each image and each caption once, and their pairs."""
+
+    images: list  # N image sources
+    captions: list  # M strings
+    pairs: list  # (index of an image, index of one of its captions)
+    skipped: dict
+    samples: int  # before merging
+    classes: tuple | None = None  # images, labels, names, templates for zero-shot classification
+
+
+class Source:
+    """A list of samples (image source, captions). `name(i)` names sample i in messages."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        return self.samples[i]
+
+    def name(self, i):
+        return self.samples[i][0]
+
+    def at(self, number, seed):
+        """Position in the endless training stream -> index of a sample."""
+        return shuffled(number, len(self), seed)
+
+    def __str__(self):
+        return f"{len(self):,} samples"
+
+    def held_out(self):
+        """-> HeldOut. An image is its content: equal images (same bytes) become one image with all
+        their captions, and equal captions become one caption, right for each of its images."""
+        images, captions, pairs, skipped, samples = {}, {}, {}, {}, 0
+        for i in range(len(self)):
+            try:
+                image, texts = self[i]
+                texts, content = clean_captions(texts), hashlib.sha256(read_bytes(image)).digest()
+            except Exception as error:
+                add_skip(skipped, type(error).__name__, self.name(i))
+                continue
+            samples += 1
+            row, _ = images.setdefault(content, (len(images), image))
+            for text in texts:
+                pairs[row, captions.setdefault(text, len(captions))] = None
+        if not pairs:
+            raise ValueError(f"no image with a caption; skipped: {describe_skips(skipped)}")
+        sources = [image for _, image in images.values()]
+        return HeldOut(sources, list(captions), list(pairs), skipped, samples)
+
+
+class Pairs(Source):
+    """Rows (image path, text). The text is a caption, or with `in_files` the path of a caption
+    file. All rows are in one byte string, which has no reference counts to update per row, so the
+    loading workers share its memory."""
+
+    def __init__(self, folder, rows, in_files):
+        self.folder, self.in_files, self.text, self.ends = folder, in_files, bytearray(), array("q")
+        for image, text in rows:
+            self.text += os.fsencode(f"{image}\0{text}")
+            self.ends.append(len(self.text))
+
+    def __len__(self):
+        return len(self.ends)
+
+    def row(self, i):
+        start = self.ends[i - 1] if i else 0
+        image, _, text = os.fsdecode(bytes(self.text[start : self.ends[i]])).partition("\0")
+        return os.path.join(self.folder, image), text
+
+    def name(self, i):
+        return self.row(i)[0]
+
+    def __getitem__(self, i):
+        image, text = self.row(i)
+        if self.in_files:
+            raw = Path(self.folder, text).read_bytes()
+            text = parse_captions(raw, text.lower().endswith(".json"))
+        return image, text
+
+
+def open_source(source):
+    """-> Source, {kind: [number of skipped files, the first]}. Raises ValueError or OSError."""
+    if source == "shapes":
+        from lab.shapes import Shapes
+
+        return Shapes(), {}
+    if "://" in source or source.startswith("pipe:"):
+        raise ValueError(f"{source} is not on this machine; download or mount it first")
+    if os.path.isdir(source):
+        names, skipped = pair_up(list_files(source))
+        if ".tar file" in skipped:
+            raise ValueError(f"{source} contains tar shards; use '{os.path.join(source, '*.tar')}'")
+        samples = Pairs(source, names, in_files=True)
+    elif source.lower().endswith((".csv", ".tsv")):
+        samples, skipped = read_csv(source), {}
+    else:
+        samples, skipped = open_shards(expand_shards(source))
+    if len(samples) == 0:
+        skipped = describe_skips(skipped)
+        raise ValueError(f"no image with a caption in {source}; skipped: {skipped}")
+    return samples, skipped
+
+
+def open_held_out(source):
+    """-> HeldOut. Raises ValueError or OSError."""
+    samples, skipped = open_source(source)
+    held_out = samples.held_out()
+    held_out.skipped = merge_skips([skipped, held_out.skipped])
+    return held_out
+
+
+# ------------------------------------------------------------------------------------------------
+# folders and lists
+
+
+def list_files(folder):
+    """-> sorted names of all files below the folder, relative to it. Links to folders are followed,
+    but each folder is read only once, so loops end."""
+    names, visited = [], set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(path) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(path))
+        names += [os.path.relpath(os.path.join(path, name), folder) for name in files]
+    return sorted(names)
+
+
+def is_hidden(name):
+    """Whether any part of the name is hidden, or is a folder that macOS adds to archives."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in Path(name).parts)
+
+
+def pair_up(names):
+    """File names -> [(image, text)], skipped files. The names of a pair differ only in the
+    extension. The text is a .txt or, if there is none, a .json."""
+    samples, pairs, skipped = {}, [], {}
+    for name in itertools.filterfalse(is_hidden, names):
+        key, extension = os.path.splitext(name)
+        kind = "image" if extension.lower() in IMAGES else f"{extension.lower() or 'other'} file"
+        samples.setdefault(key, {}).setdefault(kind, name)
+    for key, files in samples.items():
+        text = files.get(".txt file") or files.get(".json file")
+        if "image" in files and text:
+            pairs.append((files["image"], text))
+        elif os.path.splitext(key)[0] not in samples:  # 1.seg.png belongs to 1.jpg
+            for kind, name in files.items():
+                add_skip(skipped, "image without caption" if kind == "image" else kind, name)
+    return pairs, skipped
+
+
+SWALLOWED = re.compile(r"[\r\n].*\.(jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
 
 
 def read_csv(path):
-    """-> [(picture, caption)]. In a file with tabs, quotation marks are letters like any other."""
-    text = read_text(path)
-    tabs = "\t" in "".join(text.splitlines()[:1])
-    how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
-    rows = csv.reader(io.StringIO(text, newline=""), skipinitialspace=not tabs, **how)
-    # a field with a later line that names a picture: its quotation mark swallowed other rows
-    swallowed = re.compile(r"[\r\n].*\.(jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
-    pairs = []
-    try:
-        header = [name.strip() for name in next(rows, [])]
-        if not {"filepath", "title"} <= set(header):
-            raise ValueError(f"columns {', '.join(header) or 'none'}; wanted filepath and title")
-        for row in filter(None, rows):  # a blank line gives []
-            if len(row) > len(header) or any(map(swallowed.search, row)):
-                raise ValueError("more fields than columns, or a quotation mark that never closes")
-            row = dict(zip(header, row))
-            pairs.append((row.get("filepath", "").strip(), row.get("title", "")))
-    except (csv.Error, ValueError) as error:
-        raise ValueError(f"{path}, line {rows.line_num}: {error}") from None
-    # names are relative to the current folder if one of the first is there, else to the list
-    here = any(os.path.exists(name) for name, _ in pairs[:100])
-    base = "" if here else os.path.dirname(path)
-    return [(os.path.join(base, name), caption) for name, caption in pairs]
-
-
-def read_folder(folder):
-    """-> [(picture, captions)], a Counter of the files that were left out."""
-    pictures, others = list_pictures(folder)
-    if others.pop(".tar", 0):
-        raise ValueError(f"{folder} holds tar shards: give '{os.path.join(folder, '*.tar')}'")
-    others.pop(".txt", 0)
-    pairs, left_out = [], Counter({f"{ext or 'other'} file": n for ext, n in others.items()})
-    for picture in pictures:
-        text = Path(picture).with_suffix(".txt")
-        text = text if text.exists() else text.with_suffix(".TXT")
+    """-> Pairs. In a file with tabs, quotation marks have no special meaning. Names of images are
+    relative to the list's folder if any of the first hundred exists there, else to the current
+    folder. Raises ValueError."""
+    tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    commas = {"strict": True, "skipinitialspace": True}
+    with reading(path), open(path, newline="", encoding="utf-8-sig") as file:
+        header = file.readline()
+        file.seek(0)
+        table = csv.DictReader(file, **(tabs if "\t" in header else commas))
         try:
-            pairs.append((picture, parse_captions(text.read_bytes())))
-        except FileNotFoundError:
-            left_out["no caption"] += 1
-        except OSError:
-            left_out["caption that cannot be read"] += 1
-    return pairs, left_out
+            if not {"filepath", "title"} <= set(table.fieldnames or ()):
+                raise ValueError(f"columns {table.fieldnames}; filepath and title are needed")
+            samples = Pairs(os.path.dirname(path), csv_rows(table), in_files=False)
+        except Exception as error:
+            raise ValueError(f"line {table.line_num}: {error}") from None
+    if not any(os.path.exists(samples.name(i)) for i in range(min(100, len(samples)))):
+        samples.folder = ""
+    return samples
 
 
-def expand_braces(pattern):
-    """{a,b}, {000..011} and nested ones, as bash expands them, without {a..c} and steps."""
-    match = re.search(r"\{([^{}]*,[^{}]*|\d+\.\.\d+)\}", pattern)
-    if not match:
-        return [pattern]
-    items = match[1].split(",")
-    if len(items) == 1:
-        first, last = match[1].split("..")
-        width = max(len(first), len(last)) if re.search(r"\b0\d", match[1]) else 0
-        step = 1 if int(first) <= int(last) else -1
-        items = [str(i).zfill(width) for i in range(int(first), int(last) + step, step)]
-    before, after = pattern[: match.start()], pattern[match.end() :]
-    expanded = itertools.chain.from_iterable(expand_braces(before + i + after) for i in items)
-    return list(dict.fromkeys(expanded))  # of nested braces some come out more than once
-
-
-def expand_shards(source):
-    """'a/{000..009}.tar', globs, several joined by :: -> list of files. Raises ValueError for any
-    that is not there. A name that exists is taken as it is."""
-    if os.path.isfile(source):
-        return [source]
-    if not os.path.exists(source):
-        for parts in (source.split("::"), expand_braces(source), sorted(glob.glob(source))):
-            if parts not in ([], [source]):  # the first of the three that gives other names
-                return list(itertools.chain.from_iterable(map(expand_shards, parts)))
-    raise ValueError(f"no file {os.path.abspath(source)}")
-
-
-def scan_shard(path):
-    """Headers of a tar -> {name: (offset, size)}, the number of broken links, and where damage
-    begins (a byte; -1: nowhere). Python's tarfile takes most damage for the end. But an undamaged
-    archive ends with zeros, so damage is anything else after the last member."""
-    members, links, end, total, damaged = {}, {}, 0, os.path.getsize(path), True
-    read_slice(path, 0, 1)  # raises if the file cannot be read, which is no damage
-    with open(path, "rb") as file, suppress(Exception):  # tarfile raises nearly anything on noise
-        tar = tarfile.open(fileobj=file, mode="r:")
-        for member in tar:
-            name = os.path.normpath(member.name)
-            folder = os.path.dirname(name) if member.issym() else ""
-            if member.islnk() or member.issym():
-                links[name] = os.path.normpath(os.path.join(folder, member.linkname))
-            elif member.isfile() and member.offset_data + member.size <= total:
-                members.setdefault(name, (member.offset_data, member.size))
-            end = min(total, tar.offset)  # where the next header begins
-        file.seek(end)
-        rest = file.read(2**20)
-        damaged = len(rest) < 512 or any(rest)
-    members |= {name: members[target] for name, target in links.items() if target in members}
-    return members, sum(name not in members for name in links), end if damaged else -1
-
-
-def make_index(path):
-    """-> int64 (1 + samples, 5). Row 0: the shard's size and time, where damage begins, numbers of
-    incomplete samples and of broken links. Then a row per sample: offset and size of the picture,
-    offset and size of the caption, 1 if that is in a .json."""
-    stat, (members, broken_links, damage) = os.stat(path), scan_shard(path)
-    samples, rows, incomplete = {}, [], 0
-    for name, place in members.items():
-        key, extension = os.path.splitext(name)
-        kind = "picture" if extension.lower() in PICTURES else extension.lower()
-        if not is_hidden(name):
-            samples.setdefault(key, {}).setdefault(kind, place)
-    for key, parts in samples.items():
-        text = parts.get(".txt") or parts.get(".json")
-        if "picture" in parts and text:
-            rows.append((*parts["picture"], *text, ".txt" not in parts))
-        elif key.rpartition(".")[0] not in samples:  # 1.seg.png belongs to 1.jpg
-            incomplete += 1
-    header = (stat.st_size, stat.st_mtime_ns, damage, incomplete, broken_links)
-    return np.array([header, *rows], dtype=np.int64)
-
-
-def index_shard(path):
-    """What `make_index` gives, kept beside the shard (in ~/.cache where that cannot be written),
-    and made anew when the shard has changed."""
-    stat, cache = os.stat(path), os.path.expanduser("~/.cache/nanoeuclip")
-    files = [Path(f"{folder}{os.path.abspath(path)}.index.npy") for folder in ("", cache)]
-    for file in files:
-        with suppress(Exception):  # none yet, or cut off, or something else
-            index = np.load(file)
-            if tuple(index[0, :2]) == (stat.st_size, stat.st_mtime_ns) and index.shape[1] == 5:
-                return index
-    index = make_index(path)
-    if index[0, 2] >= 0:  # damage may be a disk's that is mended later
-        return index
-    for file in files:
-        with suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(f"{file}.{os.getpid()}.tmp")
-            with open(temporary, "wb") as out:
-                np.save(out, index)
-            os.replace(temporary, file)  # whole, however many processes write it
-            break
-    return index
-
-
-load_index = lru_cache(64)(index_shard)  # each process keeps those of the last 64 shards
-
-
-class Shard:
-    """A tar shard as a list of samples."""
-
-    def __init__(self, path):
-        index = index_shard(path)
-        self.path, self.count, self.header = path, len(index) - 1, index[0].tolist()
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        offset, size, text_offset, text_size, in_json = load_index(self.path)[1 + i].tolist()
-        captions = parse_captions(read_slice(self.path, text_offset, text_size), in_json)
-        return (self.path, offset, size), captions
-
-
-def open_shards(source, verbose):
-    """Tar shards -> their samples, a Counter of what was left out."""
-    paths, shards, left_out = expand_shards(source), [], Counter()
-    workers = min(len(paths), cores(16))
-    for shard in load(paths, batch_size=None, collate_fn=Shard, num_workers=workers):
-        size, _, damage, incomplete, broken_links = shard.header
-        left_out += Counter({"incomplete sample": incomplete, "link": broken_links})
-        left_out += Counter({"damaged shard": int(damage >= 0)})
-        if verbose and damage >= 0:
-            print(f"warning: shard {shard.path} is damaged after byte {damage:,} of {size:,}")
-        shards.append(shard)
-        if verbose and len(shards) % 100 == 0:
-            print(f"{len(shards):,} of {len(paths):,} shards indexed", flush=True)
-    samples = ConcatDataset(shards)
-    if len(samples) == 0:
-        seen = dict(Counter(os.path.splitext(name)[1] for name in scan_shard(paths[0])[0]))
-        wanted = f"{' '.join(PICTURES)} with .txt or .json (key `caption`)"
-        raise ValueError(f"no sample in {source}; {paths[0]} has {seen}; wanted {wanted}")
-    return samples, left_out
-
-
-def open_source(source, verbose=True):
-    """-> samples (None for shapes), a Counter of what was left out. Raises ValueError."""
-    if source == "shapes":
-        return None, Counter()
-    if os.path.isdir(source):
-        samples, left_out = read_folder(source)
-    elif source.lower().endswith((".csv", ".tsv")) and os.path.isfile(source):
-        samples, left_out = read_csv(source), Counter()
-    else:
-        return open_shards(source, verbose)
-    if not samples:
-        raise ValueError(f"{os.path.abspath(source)} holds no picture with a caption")
-    return samples, left_out
-
-
-def held_out_pairs(source, verbose=True):
-    """A source, for evaluation -> items (for `load_item`), captions, each caption's item (index),
-    a Counter of what was left out. A picture in several rows is one item with several captions."""
-    if source == "shapes":
-        captions = [levels[-1] for levels in held_out_levels()]  # the most specific
-        return range(HELD_OUT, 2 * HELD_OUT), captions, range(HELD_OUT), Counter()
-    captions_of, (samples, left_out) = {}, open_source(source, verbose)
-    for i in range(len(samples)):
-        try:
-            item, captions = samples[i]
-            captions_of[item] = captions_of.get(item, []) + clean_captions(captions)
-        except (BadCaption, OSError) as error:
-            left_out[skip_reason(error)] += 1
-    if not captions_of:
-        raise ValueError(f"{source} holds no picture with a caption; left out: {dict(left_out)}")
-    image_of_caption = [i for i, texts in enumerate(captions_of.values()) for _ in texts]
-    captions = list(itertools.chain.from_iterable(captions_of.values()))
-    return list(captions_of), captions, image_of_caption, left_out
+def csv_rows(table):
+    for row in table:
+        if None in row or any(SWALLOWED.search(field or "") for field in row.values()):
+            raise ValueError("more fields than columns, or a quotation mark that never closes")
+        yield (row["filepath"] or "").strip(), row["title"] or ""
 
 
 # ------------------------------------------------------------------------------------------------
-# the training stream
+# tar shards
 
 
-@lru_cache(16)
-def permutation(count, *seed):
-    return np.random.default_rng(seed).permutation(count)
+def expand_shards(source):
+    """'a/{000..127}.tar', a glob, or several joined by :: -> list of files. Raises ValueError if a
+    file does not exist. The name of an existing file is not expanded."""
+    if os.path.isfile(source):
+        return [source]
+    numbers = re.search(r"\{(\d+)\.\.(\d+)\}", source)
+    if "::" in source:
+        parts = source.split("::")
+    elif numbers:
+        first, last = numbers.groups()
+        names = (str(i).zfill(len(first)) for i in range(int(first), int(last) + 1))
+        parts = [source.replace(numbers[0], name) for name in names]
+    else:
+        parts = sorted(glob.glob(source))
+    if parts in ([], [source]):
+        raise ValueError(f"there is no file or folder {os.path.abspath(source)}")
+    return list(itertools.chain.from_iterable(map(expand_shards, parts)))
 
 
-def shuffled(number, count, seed, block=2**16):
-    """Number in the endless stream -> index of a sample. Every epoch has each sample once. Blocks
-    of neighbours come in random order (a shorter one last), and within a block its samples do. So
-    only a few shards are in use at a time."""
-    epoch, i = divmod(number, count)
-    b, i = divmod(i, block)
-    if b < count // block:
-        b = int(permutation(count // block, seed, epoch)[b])  # the block that comes b-th
-    size = min(block, count - b * block)
-    return b * block + int(permutation(size, seed, epoch, b)[i])
+OTHER_FILES = {b"PK": "zip archive", b"PAR1": "parquet file", b"\x1f\x8b": "gzip archive",
+               b"{": "JSON file", b"<": "web page", b"\xff\xd8": "JPEG", b"\x89PNG": "PNG"}
 
 
-REASONS = ("no caption", "caption broken", "picture broken", "picture too large", "file missing")
+def scan_shard(path):
+    """Headers of a tar -> {name: (offset, size)}, skipped members. Python's tarfile treats most
+    damage as the end of the archive. But an intact archive ends with zeros, so anything else after
+    the last member is damage."""
+    members, skipped, end, total = {}, {}, 0, os.path.getsize(path)
+    with open(path, "rb") as file:
+        with suppress(Exception):  # tarfile raises almost any exception on damaged files
+            tar = tarfile.open(fileobj=file, mode="r:")
+            for member in tar:
+                name, stop = os.path.normpath(member.name), member.offset_data + member.size
+                if member.issparse() or member.issym() or member.islnk():
+                    add_skip(skipped, "link or sparse file", f"{name} in {path}")
+                elif member.isfile() and stop <= total:
+                    members.setdefault(name, (member.offset_data, member.size))
+                end = min(total, tar.offset)  # where the next header begins
+        file.seek(end)
+        rest = file.read(2**20)
+    if len(rest) < 512 or any(rest):
+        kinds = [kind for start, kind in OTHER_FILES.items() if rest.startswith(start)]
+        kind = kinds[0] if kinds and end == 0 else "damaged shard"
+        add_skip(skipped, kind, f"{path} after byte {end:,}")
+    return members, skipped
 
 
-def skip_reason(error):
-    """One of REASONS."""
-    if isinstance(error, BadCaption):
-        return str(error)
-    if isinstance(error, Image.DecompressionBombError):
-        return "picture too large"
-    return "file missing" if isinstance(error, FileNotFoundError) else "picture broken"
+def index_shard(path):
+    """-> {"rows": int64 (samples, 5), "skipped": members}. A row contains the offset and size of
+    the image, the offset and size of the caption, and whether the caption is in a .json. A cache
+    folder keeps the index until the shard's size or ctime (which nobody can set) changes."""
+    stat = os.stat(path)
+    of = [stat.st_size, stat.st_ctime_ns]
+    with suppress(Exception):  # the cached file may be missing or damaged
+        index = torch.load(index_file(path), weights_only=True)
+        if index["of"] == of:
+            return index
+    members, skipped = scan_shard(path)
+    pairs, others = pair_up(members)
+    rows = [(*members[p], *members[text], text.lower().endswith(".json")) for p, text in pairs]
+    rows = torch.tensor(rows, dtype=torch.int64).view(-1, 5)
+    index = {"of": of, "skipped": merge_skips([skipped, others]), "rows": rows}
+    with suppress(OSError, RuntimeError):  # without a cache folder, every process scans the shard
+        file = index_file(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = f"{file}.{os.getpid()}.tmp"
+        torch.save(index, temporary)
+        os.replace(temporary, file)  # atomic, because several processes may write it
+    return index
 
 
-class Samples(Dataset):
-    """Number in the endless stream -> picture, caption, Counter of what was skipped on the way."""
-
-    def __init__(self, source, seed, size, crop_scale):
-        self.source, self.seed, self.size, self.crop_scale = source, seed, size, crop_scale
-
-    def __getitem__(self, number):
-        rng, skipped = random.Random((self.seed << 48) | number), Counter()
-        if self.source is None:
-            return *draw_sample(rng, self.size), skipped
-        i = shuffled(number, len(self.source), self.seed)
-        for _ in range(100):
-            try:
-                item, captions = self.source[i]
-                caption = rng.choice(clean_captions(captions))
-                return load_training_crop(item, self.size, self.crop_scale, rng), caption, skipped
-            except Exception as error:  # Pillow raises nearly anything on damaged files
-                skipped[skip_reason(error)] += 1
-            i = rng.randrange(len(self.source))  # another one instead
-        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), "", skipped
+def index_file(path):
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(f"{cache}/nanoeuclip{os.path.abspath(path)}.index.pt")
 
 
-def collate(tokenizer, context_length, samples):
-    """-> images uint8 (N, 3, H, W), tokens int64 (N, T), Counter. T is a multiple of 8, or all."""
-    images, captions, skipped = zip(*samples)
-    images, tokens = torch.stack(images), tokenize(captions, tokenizer, context_length)
-    longest = int((tokens == vocab_size(tokenizer) - 1).int().argmax(1).max()) + 1
-    tokens = tokens[:, : 8 * math.ceil(longest / 8)].contiguous()
-    if get_worker_info():  # a full /dev/shm raises here; in the worker's queue it would be a hang
-        images, tokens = images.share_memory_(), tokens.share_memory_()
-    return images, tokens, dict(sum(skipped, Counter()))  # pin_memory would double a Counter
+load_index = lru_cache(64)(index_shard)  # a process keeps 64 indices in memory
 
 
-def cores(most=8, processes=1):
-    """How many each of so many processes may use. (More loading ones would take long to start.)"""
+def summarize_shard(path):
+    index = index_shard(path)
+    return len(index["rows"]), index["skipped"]
+
+
+class Shards(Source):
+    """The samples of tar shards, one shard after the other."""
+
+    def __init__(self, paths, counts):
+        self.paths, self.ends = paths, np.cumsum(counts)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def locate(self, i):
+        shard = int(np.searchsorted(self.ends, i, side="right"))
+        return self.paths[shard], int(i - self.ends[shard - 1]) if shard else i
+
+    def name(self, i):
+        path, row = self.locate(i)
+        return f"{path}, sample {row}"
+
+    def __getitem__(self, i):
+        path, row = self.locate(i)
+        offset, size, text_offset, text_size, in_json = load_index(path)["rows"][row].tolist()
+        captions = parse_captions(read_bytes((path, text_offset, text_size)), in_json)
+        return (path, offset, size), captions
+
+
+def open_shards(paths):
+    """-> Shards, skipped members. Raises LoadingError, OSError."""
+    counts, skipped, workers = [], [], min(len(paths), cores(16))
+    settings = {"batch_size": None, "collate_fn": summarize_shard, "num_workers": workers}
+    for count, skipped_here in load(paths, **settings):
+        counts.append(count)
+        skipped.append(skipped_here)
+        if len(counts) % 100 == 0:
+            print0(f"{len(counts):,} of {len(paths):,} shards indexed")
+    return Shards(paths, counts), merge_skips(skipped)
+
+
+# ------------------------------------------------------------------------------------------------
+# loading workers
+
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP")
+
+
+def cores(most=32, processes=1):
+    """Cores for each process on this machine, at most `most`."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(most, here // processes))
 
 
 class LoadingError(RuntimeError):
-    """No data can come any more."""
+    """The data loader has failed."""
 
 
 def prepare_worker(worker):
-    """The training decides when to stop, so its workers ignore Ctrl-C and SIGUSR1, which can come
-    to all processes. SIGTERM ends them at once: they must not inherit the training's handler. Their
-    errors reach the training by its queue. The excepthook silences threads that hold batches which
-    nobody fetches when the training ends."""
-    sys.excepthook = lambda *error: None
+    """Signals may reach all processes, but only the training decides when to stop, so workers
+    ignore them. SIGTERM must end workers, so they drop the training's handler for it."""
+    for name in STOP_SIGNALS:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def load(dataset, **settings):
-    """What a DataLoader gives. Raises LoadingError, in one sentence, when a worker has failed."""
+    """Yields what a DataLoader yields. Raises LoadingError with one sentence if a worker fails."""
     loader = DataLoader(dataset, worker_init_fn=prepare_worker, **settings)
     try:
         iterator = iter(loader)
-        if loader.num_workers:  # torch's handler would raise in mid-step when a worker dies; so it
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # is noticed when a batch is missing
+        if loader.num_workers:
+            # When a worker dies, torch's handler would raise in the middle of a step. Without it,
+            # the next batch raises. (Outside the main thread, torch installs none.)
+            with suppress(ValueError):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from iterator
-    except (RuntimeError, MemoryError, OSError, EOFError) as error:  # the last two: a pipe's
+    except (RuntimeError, MemoryError, OSError, EOFError) as error:  # the last two: broken pipes
         reason = [type(error).__name__, *str(error).strip().splitlines()][-1]
-        raise LoadingError(f"loading data failed ({reason}). If memory or /dev/shm is short, use "
-                           "fewer --workers, or 0; in Docker: --shm-size=8g") from None  # fmt: skip
-
-
-def batches(source, config, batch_size, crop_scale=0.9, seed=0, rank=0, world_size=1, workers=0,
-            step=0, pin_memory=False):  # fmt: skip
-    """Endless (images, tokens, {reason: samples skipped}) of this process. source: samples of
-    `open_source`; config: the model's. Raises LoadingError once 100 samples and a tenth of all are
-    bad."""
-    taken, skipped = 0, Counter()
-    local = batch_size // world_size  # process r takes the r-th slice of each batch
-    starts = itertools.count(step * batch_size + rank * local, batch_size)
-    loader = load(
-        Samples(source, seed, config.image_size, crop_scale),
-        batch_sampler=(range(start, start + local) for start in starts),
-        collate_fn=partial(collate, config.tokenizer, config.context_length),
-        num_workers=workers, pin_memory=pin_memory,
-    )  # fmt: skip
-    for images, tokens, lost in loader:
-        skipped.update(lost)
-        taken, bad = taken + len(images), skipped.total()
-        if bad >= 100 and bad > 0.1 * (bad + taken):
-            raise LoadingError(f"{bad:,} of {bad + taken:,} samples are bad: {dict(skipped)}")
-        yield images, tokens, lost
+        raise LoadingError(f"loading data failed ({reason}). If memory or /dev/shm is full, use "
+                           "fewer --workers or 0; in Docker: --ipc=host") from None

@@ -1,27 +1,24 @@
 """The model: a Vision Transformer, a text transformer, and the loss that joins them.
 
     model = CLIP(Config(**PRESETS["tiny"], geometry="euclidean"))
-    image, text, scalars = model(images, tokens)  # embeddings (N, D), and what the loss needs
+    image, text, scalars = model(images, tokens)  # embeddings (N, D) and learned scalars (2,)
     model.loss(image, text, scalars)["loss"].backward()
-    model = load_model("out/ckpt.pt")             # ours, or one that open_clip trained
+    model = load_model("out/ckpt.pt")             # from train.py or lab/convert.py
 
-A tower turns its input into *features*, the geometry turns features into *embeddings*. The towers
-may run in bfloat16; embeddings and loss are float32, or float64 after `.double()`. Architecture,
-parameter names and initial values are open_clip's: it loads our checkpoints, and we load its.
+A tower turns its input into *features*, and the geometry turns features into *embeddings*. Towers
+may run in bfloat16. Embeddings and loss are float32, or float64 after `.double()`. Architecture,
+parameter names and initial values are open_clip's. open_clip 3.3.0 loads our `clip` checkpoints;
+those of EuCLIP and MERU need the EuCLIP authors' fork of it.
 
-Axes: N images or texts, T tokens, R computed tokens of all N texts, C width of a tower, H heads,
+Axes: N images or texts, T tokens, R packed tokens of all N texts, C width of a tower, H heads,
 D width of the embeddings.
 """
 
-import argparse
 import math
 import os
-import re
-import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -29,15 +26,16 @@ import torch.nn.functional as F
 
 from geometry import find_geometry
 
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, per colour
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, per RGB channel
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass
 class Config:
-    """All that a model is, beside its weights. None: the default of the geometry or the width."""
+    """Everything that defines a model except its weights. Where a field is None,
+    the geometry or the width determines its value."""
 
-    image_size: int  # images are squares of this many pixels
+    image_size: int  # side of the square images in pixels
     patch_size: int
     vision_width: int
     vision_layers: int
@@ -51,9 +49,9 @@ class Config:
     text_heads: int | None = None
     geometry: str = "euclidean"
     logit: str | None = None
-    final_ln: bool | None = None  # LayerNorm at the end of both towers
+    final_ln: bool | None = None  # whether both towers end with a LayerNorm
     init_logit_scale: float | None = None  # in log space
-    max_logit_scale: float = 100.0  # the factor itself. CLIP: above it training became unstable
+    max_logit_scale: float = 100.0  # not in log space; CLIP's training was unstable above 100
     quick_gelu: bool = False  # True for OpenAI's own weights
 
     def __post_init__(self):
@@ -67,53 +65,15 @@ class Config:
         self.text_heads = self.text_heads or self.text_width // 64
 
 
-def sizes(image_size, patch_size, vision_width, vision_layers, text_width, text_layers, embed_dim):
-    return locals()
-
-
+SIZES = ("image_size", "patch_size", "vision_width", "vision_layers", "text_width", "text_layers",
+         "embed_dim")
 PRESETS = {
-    "tiny": sizes(64, 8, 64, 3, 64, 2, 128),
-    "ViT-S-16": sizes(224, 16, 384, 12, 384, 12, 384),
-    "ViT-B-32": sizes(224, 32, 768, 12, 512, 12, 512),
-    "ViT-B-16": sizes(224, 16, 768, 12, 512, 12, 512),
-    "ViT-L-14": sizes(224, 14, 1024, 24, 768, 12, 768),
+    "tiny": dict(zip(SIZES, (64, 8, 64, 3, 64, 2, 128))),
+    "ViT-S-16": dict(zip(SIZES, (224, 16, 384, 12, 384, 12, 384))),
+    "ViT-B-32": dict(zip(SIZES, (224, 32, 768, 12, 512, 12, 512))),
+    "ViT-B-16": dict(zip(SIZES, (224, 16, 768, 12, 512, 12, 512))),
+    "ViT-L-14": dict(zip(SIZES, (224, 14, 1024, 24, 768, 12, 768))),
 }
-
-# ------------------------------------------------------------------------------------------------
-# several processes: each has N pairs of a batch of N * world_size()
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-class AllGather(torch.autograd.Function):
-    """Rows of all processes. Every process uses my rows in its own loss, so their gradient is the
-    sum of the gradients that all processes have for them."""
-
-    @staticmethod
-    def forward(ctx, x):  # (N, D)
-        rows = x.new_empty(world_size(), *x.shape)
-        dist.all_gather(list(rows.unbind()), x.contiguous())
-        return rows.flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        mine = torch.empty_like(grad)
-        dist.all_to_all_single(mine, grad)  # gloo's reduce_scatter sends twice as much
-        return mine.unflatten(0, (world_size(), -1)).sum(0)
-
-
-@torch.compiler.disable  # torch.compile takes what is before and after it
-def all_gather(x):
-    """(N, D) -> (N * world_size(), D), rows of all processes, with gradient."""
-    return AllGather.apply(x) if world_size() > 1 else x
-
 
 # ------------------------------------------------------------------------------------------------
 # the transformer that both towers share
@@ -123,7 +83,8 @@ class Attention(nn.Module):
     def __init__(self, width, heads, causal):
         super().__init__()
         if heads < 1 or width % heads:
-            raise ValueError(f"{heads} heads and width {width}? See vision_heads, text_heads")
+            raise ValueError(f"{heads} heads do not divide width {width}; "
+                             "set vision_heads or text_heads")
         self.heads, self.causal = heads, causal
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))  # queries, keys, values
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -132,14 +93,15 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x, packing=None):
-        """x (N, T, C), or packed (R, C) with packing = index (R,), N, T: see `pack_tokens`."""
+        """x (N, T, C), or packed x (R, C) with packing = (index (R,), N, T) -> the same shape.
+        Projections take packed rows; only the attention itself needs padding: see `pack_tokens`."""
         x = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         if packing:
             index, N, T = packing
-            x = x.new_zeros(N * T, x.shape[1]).index_copy(0, index, x)
+            x = x.new_zeros(N * T, x.shape[1]).index_copy(0, index, x)  # each row in its place
             x = x.unflatten(0, (N, T))  # (N, T, 3C)
-        heads = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in x.chunk(3, dim=2))
-        q, k, v = heads  # (N, H, T, C/H) each
+        x = x.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, N, H, T, C/H)
+        q, k, v = x.unbind()
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x.transpose(1, 2).flatten(2)  # (N, T, C)
         if packing:
@@ -176,8 +138,8 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(blocks)
 
     def forward(self, x, pool_index, packing=None):
-        """x (N, T, C), or packed (R, C) -> (N, C): one token of each sample, whose row among all
-        tokens is in `pool_index` (N,). Only these need the last MLP."""
+        """x (N, T, C), or packed (R, C) -> (N, C), one token per sample. `pool_index` (N,) contains
+        the rows of these tokens among all tokens. The last MLP computes only these rows."""
         *blocks, last = self.resblocks
         for block in blocks:
             x = block(x, packing=packing)
@@ -206,32 +168,36 @@ class VisionTransformer(nn.Module):
 
 
 def caption_lengths(tokens, vocab_size):
-    """tokens (N, T) -> (N,), up to and with the first end token. (In CLIP's vocabulary 0 is a word,
-    so counting what is not 0 would be wrong.)"""
+    """tokens (N, T) -> lengths (N,), up to and including the first end token. Counting the nonzero
+    tokens would be wrong: 0 is the padding, but in CLIP's vocabulary it is also a real token."""
     return (tokens == vocab_size - 1).int().argmax(1) + 1
 
 
 def pack_tokens(tokens, vocab_size):
-    """tokens (N, T) -> int64 (R,): which of all N * T tokens the text tower computes.
+    """tokens (N, T) -> int64 (R,): which of the N * T tokens the text tower computes.
 
-    Captions are padded to the longest of the batch; of 77 tokens 12 to 20 are real. Linear layers
-    see these alone, *packed* one below the other (R, C). Attention has to know which belong
-    together and sees them *padded* (N, T, C), with zeros for the rest. The result is exact: no
-    token looks at what comes after it.
-    Some padding fills R up to a multiple of N, so that memory of the same size is needed again and
-    again. Best called on CPU tokens: to count those of a GPU the CPU would have to wait."""
+    Captions are padded to the longest of the batch, but most have only 12 to 20 of 77 tokens. Most
+    layers treat each token on its own, so they process only the real tokens, *packed* as the rows
+    of one matrix (R, C). Attention mixes the tokens of a caption, but must not mix captions, so it
+    processes tokens *padded* to (N, T, C), with zeros in place of the padding. The result is exact:
+    attention is causal and padding comes last, so no real token attends to padding.
+    A few padding tokens round R up to a multiple of N, so tensor sizes recur and their memory is
+    reused. Call this with CPU tokens, because counting tokens on the GPU would stall the CPU.
+    Raises ValueError if a text has no end token."""
     N, T = tokens.shape
+    if not (tokens == vocab_size - 1).any(1).all():
+        raise ValueError(f"a text has no end token {vocab_size - 1}; use data.tokenize")
     lengths = caption_lengths(tokens, vocab_size)
     real = (torch.arange(T, device=tokens.device) < lengths[:, None]).flatten()
-    R = N * math.ceil(int(real.sum()) / N)
-    return (~real).int().argsort(stable=True)[:R]  # real tokens in their order, then some padding
+    R = N * math.ceil(int(real.sum()) / max(1, N))
+    return (~real).int().argsort(stable=True)[:R]  # real tokens in order, then a few of padding
 
 
 # ------------------------------------------------------------------------------------------------
 
 
 class CLIP(nn.Module):
-    """Both towers. As in open_clip, the text tower's parameters are parameters of this class."""
+    """Both towers. As in open_clip, the parameters of the text tower belong to this class."""
 
     def __init__(self, config):
         super().__init__()
@@ -248,12 +214,9 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(float(c.init_logit_scale)))  # log space
         for name, (start, _, _) in self.geometry.learned_scalars(c.embed_dim).items():
             self.register_parameter(name, nn.Parameter(torch.tensor(start)))
-        mean, std = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
-        self.register_buffer("image_mean", mean.view(3, 1, 1), persistent=False)
-        self.register_buffer("image_std", std.view(3, 1, 1), persistent=False)
 
     def init_text_weights(self, C, layers):
-        """OpenAI's rule. The vision tower's layers keep PyTorch's defaults, as in open_clip."""
+        """OpenAI's initial values. The vision layers keep PyTorch's defaults, as in open_clip."""
         out_std = C**-0.5 * (2 * layers) ** -0.5
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
@@ -265,44 +228,55 @@ class CLIP(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=out_std)
 
     def embed(self, features, alpha):
-        """Features of a tower, the learned scale or None -> embeddings, float32 at least."""
+        """Features (N, D), learned scale or None -> embeddings (N, D) in float32 or float64."""
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(torch.promote_types(features.dtype, torch.float32))
             return self.geometry.embed(features, alpha)
 
     def encode_image(self, images):
-        """images (N, 3, H, W): uint8, or float and already normalised -> embeddings (N, D)."""
+        """images (N, 3, H, W), uint8 or already normalised floats -> embeddings (N, D). Raises
+        ValueError for other sizes, and for floats that cannot have been normalised."""
+        size = self.config.image_size
+        if images.shape[1:] != (3, size, size):
+            raise ValueError(f"images must be (N, 3, {size}, {size}), not {tuple(images.shape)}")
         if images.dtype == torch.uint8:
-            images = (images.to(self.image_mean) / 255 - self.image_mean) / self.image_std
+            mean = self.logit_scale.new_tensor(IMAGE_MEAN).view(3, 1, 1)
+            std = self.logit_scale.new_tensor(IMAGE_STD).view(3, 1, 1)
+            images = (images.to(mean.dtype) / 255 - mean) / std
+        elif images.numel() and not images.abs().max() < 20:  # normalised pixels are -1.8 to 2.2
+            raise ValueError("images must be uint8, or floats normalised by CLIP's mean and std")
         return self.embed(self.visual(images), getattr(self, "alpha_img", None))
 
     def encode_text(self, tokens, index=None):
-        """tokens (N, T) int64, T <= context_length, padded after the end token; index: what
-        `pack_tokens` gives for them, if that is known -> embeddings (N, D)."""
+        """tokens (N, T) int64, T <= context_length, padded after the end token; index (R,): their
+        `pack_tokens` if the caller has computed it -> embeddings (N, D). Raises ValueError."""
+        most = self.config.context_length
+        if not torch.is_tensor(tokens) or tokens.ndim != 2 or tokens.shape[1] > most:
+            raise ValueError(f"tokens must be int64 (N, T <= {most}), see data.tokenize")
         N, T = tokens.shape
         if index is None:
             index = pack_tokens(tokens, self.config.vocab_size)
-        # F.embedding, because the gradient of table[i] is not reproducible with two CPU threads
+        # The gradient of table[i] is not reproducible with two CPU threads; F.embedding's is.
         x = self.token_embedding(tokens.flatten().index_select(0, index))  # (R, C)
         x = x + F.embedding(index % T, self.positional_embedding)
-        # captions lie one below the other: running sums of their lengths give their last rows
+        # Packed captions follow each other, so the cumulative lengths give their last rows.
         end_tokens = caption_lengths(tokens, self.config.vocab_size).cumsum(0) - 1
         x = self.transformer(x, end_tokens, (index, N, T))  # (N, C)
         features = self.ln_final(x) @ self.text_projection  # (N, D)
         return self.embed(features, getattr(self, "alpha_txt", None))
 
     def scalars(self):
-        """The learned scalars that the loss needs: logit scale and curvature (2,)."""
+        """-> (2,): logit scale and curvature c > 0, the learned scalars that the loss needs."""
         log_curv = getattr(self, "curvature", torch.zeros_like(self.logit_scale))
         return torch.stack([self.logit_scale, log_curv]).exp()
 
     def forward(self, images, tokens, index=None):
-        """-> image and text embeddings (N, D), scalars (2,). All parameters take part in them, as
-        DistributedDataParallel wants it."""
+        """-> image and text embeddings (N, D), scalars (2,). All parameters contribute to them, as
+        DistributedDataParallel requires."""
         return self.encode_image(images), self.encode_text(tokens, index), self.scalars()
 
     def similarity(self, x, y):
-        """Embeddings x (N, D), y (M, D) -> (N, M) before the logit scale: larger is closer."""
+        """Embeddings x (N, D), y (M, D) -> (N, M), larger for closer ones, without logit scale."""
         with torch.autocast(x.device.type, enabled=False):
             return self.geometry.similarity(x, y, self.config.logit, self.scalars()[1])
 
@@ -310,21 +284,25 @@ class CLIP(nn.Module):
         """What `forward` returns for the N pairs of this process -> dict of 0-d tensors:
 
         loss                       contrastive + entailment_weight * entailment
-        contrastive                cross entropy: each image among the texts of all processes, and
-                                   each text among the images
+        contrastive                mean cross entropy of classifying each image among the texts of
+                                   all processes, and each text among their images
         entailment, in_cone        mean angle (rad) by which images are outside the cones of their
-                                   texts; fraction of images inside. Only where there are cones
+                                   texts; fraction of images inside (geometries with cones only)
         logit_scale, curvature     the scalars
-        text_radius, image_radius  mean distance from the root
+        text_radius, image_radius  mean distance from the root, see `distance_to_root`
 
-        Averaged over the processes, loss and gradients are those of one process with all pairs.
+        Averaged over all processes, loss and gradients equal those of one process with all pairs.
         """
         geometry, logit, N = self.geometry, self.config.logit, len(image)
+        if entailment_weight > 0 and not geometry.cones:
+            raise ValueError(f"entailment_weight needs cones, but {self.config.geometry} has none")
         scale, curv = scalars.unbind()
         with torch.autocast(image.device.type, enabled=False):
-            all_image, all_text = all_gather(image), all_gather(text)  # (M, D)
+            all_image, all_text = image, text  # (M, D)
+            if world_size() > 1:
+                all_image, all_text = all_gather(image), all_gather(text)
             image_logits = scale * geometry.similarity(image, all_text, logit, curv)  # (N, M)
-            text_logits = image_logits.T
+            text_logits = image_logits.T  # on one process; otherwise also (N, M)
             if world_size() > 1:
                 text_logits = scale * geometry.similarity(text, all_image, logit, curv)
             match = rank() * N + torch.arange(N, device=image.device)
@@ -332,7 +310,7 @@ class CLIP(nn.Module):
             text_loss = F.cross_entropy(text_logits, match)
             loss = contrastive = (image_loss + text_loss) / 2
             log = {"contrastive": contrastive, "logit_scale": scale, "curvature": curv}
-            if geometry.cones or entailment_weight > 0:  # without cones this raises ValueError
+            if geometry.cones:
                 outside = geometry.entailment_loss(text, image, min_radius, curv)  # (N,)
                 log["entailment"] = outside.mean()
                 log["in_cone"] = (outside == 0).float().mean()
@@ -345,109 +323,81 @@ class CLIP(nn.Module):
         return {"loss": loss} | {name: value.detach() for name, value in log.items()}
 
     def bounds(self):
-        """Learned scalars -> (lowest, highest). The logit scale has no lowest value."""
+        """-> {learned scalar: (lowest, highest)}. The logit scale is bounded only from above."""
         learned = self.geometry.learned_scalars(self.config.embed_dim)
         bounds = {name: (low, high) for name, (_, low, high) in learned.items()}
         return bounds | {"logit_scale": (-math.inf, math.log(self.config.max_logit_scale))}
 
     @torch.no_grad()
     def clamp_scalars(self):
-        """After every optimizer step. A clamp in the forward pass would have no gradient outside
-        the bounds: a value that got there would never come back."""
+        """Call this after every optimizer step. A clamp in the forward pass would have gradient 0
+        outside the bounds, so a scalar that left them could never return."""
         for name, (low, high) in self.bounds().items():
             getattr(self, name).clamp_(low, high)
 
 
-# ------------------------------------------------------------------------------------------------
-# checkpoints: {"state_dict": weights in open_clip's names, "config": ..., and more}
+# ---- below: several processes, and checkpoints -------------------------------------------------
+#
+# Each process has N pairs of a batch of N * world_size() pairs.
 
-# What a file may hold beside tensors: argparse's flags, and numpy's numbers with their types
-DTYPES = [type(np.dtype(code)) for code in "?bBhHiIlLefd"]  # bool, integers, floats
-UNPICKLE_NUMBER = np.float64(0).__reduce__()[0]
-PLAIN_VALUES = [argparse.Namespace, np.dtype, UNPICKLE_NUMBER, *DTYPES]
-NOT_OURS = {  # the beginning of a parameter's name -> what such a file is
-    "visual.layer1": "a ResNet; only Vision Transformers are read",
-    "vision_model": "in Hugging Face's layout; convert it to open_clip's",
-    "model.": "wrapped by Lightning; remove 'model.' from its parameter names",
-}
-NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # in OpenAI's files
-HEADS_64 = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024)  # widths with 64 channels per head
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class AllGather(torch.autograd.Function):
+    """x (N, D) of this process -> rows of all processes (N * world_size(), D). Every process uses x
+    in its loss, so the gradient of x is the sum of its gradients from all processes."""
+
+    @staticmethod
+    def forward(ctx, x):
+        rows = x.new_empty(world_size(), *x.shape)
+        dist.all_gather(list(rows.unbind()), x.contiguous())
+        return rows.flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        received = torch.empty_like(grad)
+        dist.all_to_all_single(received, grad.contiguous())  # gloo's reduce_scatter sends twice
+        return received.unflatten(0, (world_size(), -1)).sum(0)
+
+
+@torch.compiler.disable  # torch.compile cannot trace it and compiles the code around it
+def all_gather(x):
+    return AllGather.apply(x)
 
 
 def load_checkpoint(path):
-    """A file of tensors and plain values -> dict. Its code is never run. Raises ValueError."""
+    """Path -> dict of tensors and plain values. Loading uses `weights_only=True`, so a checkpoint
+    cannot execute code, and maps the file, so tensors use memory only when they are read. Raises
+    ValueError."""
     try:
-        with torch.serialization.safe_globals(PLAIN_VALUES), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about TorchScript, which is refused below
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"cannot read checkpoint {path}: {error.strerror}") from None
-    except Exception as error:  # damaged files raise nearly anything
-        message = (f"{path} ({os.path.getsize(path):,} bytes) is no checkpoint of tensors and "
-                   "plain values, as train.py and open_clip write them")  # fmt: skip
-        if "TorchScript" in str(error):
-            message = (f"{path} is a TorchScript archive, which is a program. Convert it once:\n"
-                       f"    model = torch.jit.load({str(path)!r}, map_location='cpu')\n"
-                       "    torch.save(model.state_dict(), 'weights.pt')")  # fmt: skip
-        raise ValueError(message) from None
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a dict of weights")
-    return checkpoint
+        return dict(torch.load(str(path), map_location="cpu", weights_only=True, mmap=True))
+    except Exception as error:  # damaged files raise almost any exception
+        size = f"{os.path.getsize(path):,} bytes" if os.path.isfile(path) else "not a file"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{path} ({size}) is not a checkpoint of train.py. If another program "
+                         f"wrote it, convert it first: python -m lab.convert {path} ckpt.pt "
+                         f"--geometry ... ({reason:.200})") from None
 
 
-def load_model(path, **overrides):
-    """Checkpoint -> CLIP in eval mode, on the CPU, and its train_config. Raises ValueError.
-
-    Our files say all that the model is. In open_clip's the shapes of the weights give the sizes;
-    these can be given: geometry, logit, tokenizer, quick_gelu, vision_heads, text_heads."""
+def load_model(path):
+    """Path of a checkpoint by train.py or lab/convert.py -> CLIP on the CPU, in eval mode, with the
+    flags of its training as `train_config`. Raises ValueError."""
     checkpoint = load_checkpoint(path)
-    weights = checkpoint.get("state_dict")
-    weights = weights if isinstance(weights, dict) else checkpoint
-    names = {name: re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)) for name in weights}
-    weights = {new: weights[old] for old, new in names.items() if new not in NOT_WEIGHTS}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    ours = {"config", "train_config"} <= checkpoint.keys()
-    config = Config(**checkpoint["config"]) if ours else infer_config(path, weights, **overrides)
-    for name, value in overrides.items():
-        if getattr(config, name) != value:
-            raise ValueError(f"{path} has {name} {getattr(config, name)!r}, not {value!r}")
-    model = CLIP(config)
+    if not {"state_dict", "config", "train_config"} <= checkpoint.keys():
+        found = ", ".join(map(str, [*checkpoint][:4]))
+        raise ValueError(f"{path} contains {found}, ...: another program wrote it. Convert it "
+                         f"first: python -m lab.convert {path} ckpt.pt --geometry ...")
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:  # it lists missing, unexpected and misshapen parameters
-        raise ValueError(f"{path}: {' '.join(str(error).split())[:600]}") from None
-    model.clamp_scalars()  # the authors clamp the curvature when they read it
-    model.train_config = checkpoint["train_config"] if ours else {}
+        model = CLIP(Config(**checkpoint["config"]))  # a newer version may have more fields
+        model.load_state_dict(checkpoint["state_dict"])
+    except Exception as error:  # a file may contain anything under these names
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{path}: {reason:.600}") from None
+    model.train_config = checkpoint["train_config"]
     return model.eval()
-
-
-def infer_config(path, weights, geometry=None, tokenizer="clip", **overrides):
-    """Weights in open_clip's names -> Config."""
-    for beginning, what in NOT_OURS.items():
-        if any(name.startswith(beginning) for name in weights):
-            raise ValueError(f"{path} is {what}")
-    try:
-        vision_width = len(weights["visual.transformer.resblocks.0.ln_1.weight"])
-        text_width = len(weights["transformer.resblocks.0.ln_1.weight"])
-        patch_size = weights["visual.conv1.weight"].shape[3]
-        grid = math.isqrt(len(weights["visual.positional_embedding"]) - 1)
-        vocab_size = len(weights["token_embedding.weight"])
-        context_length = len(weights["positional_embedding"])
-        embed_dim = weights["visual.proj"].shape[1]
-    except (LookupError, ValueError, TypeError, AttributeError):
-        found = ", ".join(list(weights)[:4])
-        raise ValueError(f"{path} has no ViT CLIP in open_clip's layout, but {found}") from None
-    blocks = [name for name in weights if name.endswith(".ln_1.weight")]
-    vision_layers = sum(name.startswith("visual.") for name in blocks)
-    text_layers = len(blocks) - vision_layers
-    geometry = geometry or ("hyperbolic" if "curvature" in weights else None)
-    if geometry is None:
-        raise ValueError(f"{path} does not say its geometry; give --geometry clip or euclidean")
-    for tower, width in (("vision", vision_width), ("text", text_width)):
-        if f"{tower}_heads" not in overrides and width not in HEADS_64:
-            raise ValueError(f"{path}: how many heads has width {width}? Give --{tower}_heads")
-    return Config(
-        grid * patch_size, patch_size, vision_width, vision_layers, text_width, text_layers,
-        embed_dim, vocab_size=vocab_size, context_length=context_length, geometry=geometry,
-        tokenizer=tokenizer, final_ln="ln_final.weight" in weights, **overrides,
-    )  # fmt: skip
