@@ -31,15 +31,15 @@ import re
 import signal
 import sys
 import tarfile
+import tempfile
 from array import array
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import regex
-import tiktoken
 import tiktoken.load
 import torch
 from PIL import Image, ImageOps
@@ -47,7 +47,6 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 # ------------------------------------------------------------------------------------------------
 # captions and images
-
 
 def tokenize(texts, tokenizer, context_length=77):
     """One or N strings -> int64 (N, context_length): start, ids, end, zeros. Long texts are cut but
@@ -62,7 +61,6 @@ def tokenize(texts, tokenizer, context_length=77):
         row[: len(ids) + 2] = torch.tensor([V - 2, *ids, V - 1])
     return tokens
 
-
 def load_image(image, size):
     """Image source -> uint8 (3, size, size), by open_clip's evaluation crop: resize the shorter
     side to `size` (bicubic), then crop the centre square. Raises what Pillow raises."""
@@ -74,7 +72,6 @@ def load_image(image, size):
     left, top = round((new_w - size) / 2), round((new_h - size) / 2)
     box = left * w / new_w, top * h / new_h, (left + size) * w / new_w, (top + size) * h / new_h
     return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box))
-
 
 def random_box(w, h, scale, rng):
     """RandomResizedCrop's box: its area is `scale` to 1 of the image, its aspect ratio 3/4 to 4/3.
@@ -88,7 +85,6 @@ def random_box(w, h, scale, rng):
             return left, top, left + box_w, top + box_h
     x, y = max(0, w - round(h * 4 / 3)) // 2, max(0, h - round(w * 4 / 3)) // 2
     return x, y, w - x, h - y
-
 
 def load_training_crop(image, size, scale, rng):
     """A random box of the image, resized to a square -> uint8 (3, size, size). To save time, JPEGs
@@ -104,10 +100,8 @@ def load_training_crop(image, size, scale, rng):
     box = random_box(*image.size, scale, rng)
     return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=1.0))
 
-
 # ------------------------------------------------------------------------------------------------
 # the training stream: an endless sequence of samples, in which every position is independent
-
 
 def shuffled(number, count, seed, block=2**16):
     """Position in the endless stream -> index of a sample. Every epoch contains every sample once.
@@ -120,11 +114,9 @@ def shuffled(number, count, seed, block=2**16):
     size = min(block, count - b * block)
     return b * block + int(permutation(size, seed, epoch, b)[i])
 
-
 @lru_cache(16)
 def permutation(count, *seed):
     return np.random.default_rng(seed).permutation(count)
-
 
 class Samples(Dataset):
     """Position in the stream -> image, caption, the samples that were skipped on the way."""
@@ -145,7 +137,6 @@ class Samples(Dataset):
             i = rng.randrange(len(self.source))  # try another sample
         return torch.zeros(3, self.size, self.size, dtype=torch.uint8), "", skipped
 
-
 def collate(tokenizer, context_length, samples):
     """-> images uint8 (N, 3, H, W), tokens int64 (N, T), skipped samples. T <= context_length is
     the longest caption's length, rounded up to a multiple of 8 so that few shapes occur."""
@@ -156,7 +147,6 @@ def collate(tokenizer, context_length, samples):
     if get_worker_info():  # a full /dev/shm raises here, but would hang in the worker's queue
         images, tokens = images.share_memory_(), tokens.share_memory_()
     return images, tokens, merge_skips(skipped)
-
 
 def batches(source, config, batch_size, crop_scale=0.9, seed=0, rank=0, world_size=1, workers=0,
             step=0, pin_memory=False):
@@ -176,14 +166,11 @@ def batches(source, config, batch_size, crop_scale=0.9, seed=0, rank=0, world_si
         all_skipped = merge_skips([all_skipped, skipped])
         taken, bad = taken + len(images), sum(count for count, _ in all_skipped.values())
         if bad >= 100 and bad > 0.1 * (bad + taken):
-            Error = ValueError if taken == len(images) else LoadingError  # nothing is trained yet
-            raise Error(f"{bad:,} of {bad + taken:,} samples are unreadable: "
-                        + describe_skips(all_skipped))
+            kind = ValueError if taken == len(images) else LoadingError  # nothing is trained yet
+            raise kind(f"{bad:,} of {bad + taken:,} samples are bad: {describe(all_skipped)}")
         yield images, tokens, skipped
 
-
 # ---- below: vocabularies, decoding, and the files that samples come from -----------------------
-
 
 @contextmanager
 def reading(name):
@@ -194,37 +181,27 @@ def reading(name):
         reason = " ".join(str(error).split())[:400]
         raise ValueError(f"{name}: {type(error).__name__}: {reason}") from None
 
-
 def print0(*words):
     """Print on process 0. If nobody reads stdout any more, this ends the printing, not the run."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    try:
-        print(*words, flush=True)
-    except (OSError, ValueError):
-        with suppress(Exception):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            print(*words, flush=True)
+        except (OSError, ValueError):
+            with suppress(Exception):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 def add_skip(skipped, kind, name, count=1):
-    """skipped is {kind: [how often it was skipped, the first name]}."""
+    """skipped: {kind: [how many samples or files of that kind were skipped, name of the first]}."""
     skipped.setdefault(kind, [0, str(name)])[0] += count
-
 
 def merge_skips(several):
     total = {}
-    for skipped in several:
-        for kind, (count, name) in skipped.items():
-            add_skip(total, kind, name, count)
+    for kind, (count, name) in itertools.chain.from_iterable(s.items() for s in several):
+        add_skip(total, kind, name, count)
     return total
 
-
-def describe_skips(skipped):
+def describe(skipped):
     return ", ".join(f"{n:,} {kind} ({name})" for kind, (n, name) in skipped.items()) or "none"
-
-
-# ------------------------------------------------------------------------------------------------
-# vocabularies
 
 CLIP_VOCABULARY = (
     "https://raw.githubusercontent.com/openai/CLIP/d05afc436d78f1c48dc0dbf8e5980a9d471f35f6/"
@@ -232,7 +209,6 @@ CLIP_VOCABULARY = (
 )
 CLIP_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 CLIP_WORDS = regex.compile(r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
-
 
 @lru_cache
 def clip_encoding():
@@ -257,39 +233,33 @@ def clip_encoding():
     ranks = {token: i for i, token in enumerate(tokens)}
     return tiktoken.Encoding("clip", pat_str=r"[^\n]+\n", mergeable_ranks=ranks, special_tokens={})
 
-
 def clip_ids(text):
     words = CLIP_WORDS.findall(text.lower())
     return clip_encoding().encode_ordinary("".join(word + "\n" for word in words))
-
 
 @lru_cache
 def find_tokenizer(name):
     """bytes, clip, or a name known to tiktoken -> (function: text to ids, V). Raises ValueError."""
     if name == "bytes":
         return lambda text: list(text.encode("utf-8", errors="replace")), 256 + 2
-    known, file = tiktoken.list_encoding_names(), hashlib.sha1(CLIP_VOCABULARY.encode()).hexdigest()
-    if name not in ["clip", *known]:
-        raise ValueError(f"no tokenizer {name!r}; choose one of bytes, clip, {', '.join(known)}")
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR", "the folder TIKTOKEN_CACHE_DIR")
-    print0(f"loading the vocabulary {name}; tiktoken fetches it if it is not in {folder}")
-    hint = f"; put {CLIP_VOCABULARY} there as {file}" if name == "clip" else ""
-    with reading(f"the vocabulary {name} is not in {folder} and cannot be fetched{hint}"):
+    if name not in ["clip", *tiktoken.list_encoding_names()]:
+        choices = ", ".join(tiktoken.list_encoding_names())
+        raise ValueError(f"no tokenizer {name!r}; choose one of bytes, clip, {choices}")
+    where = f"vocabulary {name} (TIKTOKEN_CACHE_DIR={os.environ.get('TIKTOKEN_CACHE_DIR', '')})"
+    print0(f"loading or fetching the {where}")
+    if name == "clip":
+        file = hashlib.sha1(CLIP_VOCABULARY.encode()).hexdigest()
+        where += f", which is {CLIP_VOCABULARY}; put it into that folder as {file}"
+    with reading(where):
         encoding = clip_encoding() if name == "clip" else tiktoken.get_encoding(name)
     return clip_ids if name == "clip" else encoding.encode_ordinary, encoding.n_vocab + 2
-
 
 def vocab_size(tokenizer):
     return find_tokenizer(tokenizer)[1]
 
-
-# ------------------------------------------------------------------------------------------------
-# decoding
-
 Image.MAX_IMAGE_PIXELS = 100_000_000  # above twice this, Pillow suspects a decompression bomb
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # not EPS, which starts another program
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-
 
 def read_bytes(place):
     """A path, bytes, or (tar, offset, size) -> bytes."""
@@ -300,13 +270,11 @@ def read_bytes(place):
         file.seek(offset)
         return file.read(size)
 
-
 def open_image(image):
     """Image source -> PIL image, not decoded yet."""
     if isinstance(image, Image.Image):
         return image.copy()
     return Image.open(io.BytesIO(read_bytes(image)), formats=FORMATS)
-
 
 def to_rgb(image):
     """PIL image -> RGB, upright, over white. We rescale 16-bit grey, which Pillow would clip."""
@@ -327,14 +295,11 @@ def to_rgb(image):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-
 def to_tensor(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # uint8 (3, H, W)
 
-
 class NoCaption(ValueError):
     pass
-
 
 def clean_captions(captions):
     """A caption or a list of captions -> list of the nonempty ones, without NUL and truncated to
@@ -346,56 +311,58 @@ def clean_captions(captions):
         raise NoCaption
     return captions
 
-
-def parse_captions(raw, in_json=False):
-    """Bytes of a .txt (one caption per line) or of a .json -> its captions. Raises UnicodeError for
-    other encodings than UTF-8, and what json raises."""
-    text = raw.decode("utf-8-sig")
+def read_captions(place, in_json=False):
+    """A .txt (one caption per line) or a .json, see `read_bytes` -> captions. Raises UnicodeError
+    for other encodings than UTF-8, and what json raises."""
+    text = read_bytes(place).decode("utf-8-sig")
     if text.count("\0") > len(text) / 4:
         raise UnicodeError("this is UTF-16 without a byte order mark")
-    return json.loads(text)["caption"] if in_json else split_lines(text)
-
-
-def split_lines(text):
-    """The nonblank lines. str.splitlines would also split a caption at characters like "\x85"."""
+    if in_json:
+        return json.loads(text)["caption"]
+    # str.splitlines would also split a caption at characters like "\x85"
     return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
-
 
 def read_lines(path):
     with reading(path):
-        return split_lines(Path(path).read_bytes().decode("utf-8-sig"))
-
+        return read_captions(path)
 
 # ------------------------------------------------------------------------------------------------
 # sources
 
-
 @dataclass
 class HeldOut:
-    """What `evaluate.retrieval` needs: each image and each caption once, and their pairs."""
+    """What an evaluation needs: each image and each caption once, and which belong together."""
 
     images: list  # N image sources
     captions: list  # M strings
     pairs: list  # (index of an image, index of one of its captions)
-    skipped: dict
-    samples: int  # before merging
+    samples: int  # number of samples before equal images were merged
+    skipped: dict = field(default_factory=dict)
     classes: tuple | None = None  # images, labels, names, templates for zero-shot classification
 
-
 class Source:
-    """A list of samples (image source, captions). `name(i)` names sample i in messages."""
+    """A list of samples. All samples (path of an image below `folder`, captions) are stored in one
+    byte string. It has no reference counts to update, so the loading workers share its memory."""
 
-    def __init__(self, samples):
-        self.samples = samples
+    def __init__(self, samples, folder=""):
+        self.text, self.ends, self.folder = bytearray(), array("q", [0]), folder
+        for sample in samples:
+            text = json.dumps(sample, ensure_ascii=False, separators=(",", ":"))
+            self.text += text.encode("utf-8", "surrogatepass")  # file names may not be UTF-8
+            self.ends.append(len(self.text))
 
     def __len__(self):
-        return len(self.samples)
+        return len(self.ends) - 1
 
     def __getitem__(self, i):
-        return self.samples[i]
+        """-> image source, captions."""
+        text = self.text[self.ends[i] : self.ends[i + 1]].decode("utf-8", "surrogatepass")
+        image, captions = json.loads(text)
+        return os.path.join(self.folder, image), captions
 
     def name(self, i):
-        return self.samples[i][0]
+        """-> what names sample i in messages."""
+        return self[i][0]
 
     def at(self, number, seed):
         """Position in the endless training stream -> index of a sample."""
@@ -407,7 +374,7 @@ class Source:
     def held_out(self):
         """-> HeldOut. An image is its content: equal images (same bytes) become one image with all
         their captions, and equal captions become one caption, right for each of its images."""
-        images, captions, pairs, skipped, samples = {}, {}, {}, {}, 0
+        images, captions, pairs, skipped = {}, {}, {}, {}
         for i in range(len(self)):
             try:
                 image, texts = self[i]
@@ -415,45 +382,14 @@ class Source:
             except Exception as error:
                 add_skip(skipped, type(error).__name__, self.name(i))
                 continue
-            samples += 1
             row, _ = images.setdefault(content, (len(images), image))
             for text in texts:
                 pairs[row, captions.setdefault(text, len(captions))] = None
         if not pairs:
-            raise ValueError(f"no image with a caption; skipped: {describe_skips(skipped)}")
-        sources = [image for _, image in images.values()]
-        return HeldOut(sources, list(captions), list(pairs), skipped, samples)
-
-
-class Pairs(Source):
-    """Rows (image path, text). The text is a caption, or with `in_files` the path of a caption
-    file. All rows are in one byte string, which has no reference counts to update per row, so the
-    loading workers share its memory."""
-
-    def __init__(self, folder, rows, in_files):
-        self.folder, self.in_files, self.text, self.ends = folder, in_files, bytearray(), array("q")
-        for image, text in rows:
-            self.text += os.fsencode(f"{image}\0{text}")
-            self.ends.append(len(self.text))
-
-    def __len__(self):
-        return len(self.ends)
-
-    def row(self, i):
-        start = self.ends[i - 1] if i else 0
-        image, _, text = os.fsdecode(bytes(self.text[start : self.ends[i]])).partition("\0")
-        return os.path.join(self.folder, image), text
-
-    def name(self, i):
-        return self.row(i)[0]
-
-    def __getitem__(self, i):
-        image, text = self.row(i)
-        if self.in_files:
-            raw = Path(self.folder, text).read_bytes()
-            text = parse_captions(raw, text.lower().endswith(".json"))
-        return image, text
-
+            raise ValueError(f"no image with a caption; skipped: {describe(skipped)}")
+        samples = len(self) - sum(count for count, _ in skipped.values())
+        images = [image for _, image in images.values()]
+        return HeldOut(images, list(captions), list(pairs), samples, skipped)
 
 def open_source(source):
     """-> Source, {kind: [number of skipped files, the first]}. Raises ValueError or OSError."""
@@ -464,19 +400,14 @@ def open_source(source):
     if "://" in source or source.startswith("pipe:"):
         raise ValueError(f"{source} is not on this machine; download or mount it first")
     if os.path.isdir(source):
-        names, skipped = pair_up(list_files(source))
-        if ".tar file" in skipped:
-            raise ValueError(f"{source} contains tar shards; use '{os.path.join(source, '*.tar')}'")
-        samples = Pairs(source, names, in_files=True)
+        samples, skipped = read_folder(source)
     elif source.lower().endswith((".csv", ".tsv")):
         samples, skipped = read_csv(source), {}
     else:
         samples, skipped = open_shards(expand_shards(source))
     if len(samples) == 0:
-        skipped = describe_skips(skipped)
-        raise ValueError(f"no image with a caption in {source}; skipped: {skipped}")
+        raise ValueError(f"no image with a caption in {source}; skipped: {describe(skipped)}")
     return samples, skipped
-
 
 def open_held_out(source):
     """-> HeldOut. Raises ValueError or OSError."""
@@ -484,11 +415,6 @@ def open_held_out(source):
     held_out = samples.held_out()
     held_out.skipped = merge_skips([skipped, held_out.skipped])
     return held_out
-
-
-# ------------------------------------------------------------------------------------------------
-# folders and lists
-
 
 def list_files(folder):
     """-> sorted names of all files below the folder, relative to it. Links to folders are followed,
@@ -502,15 +428,13 @@ def list_files(folder):
         names += [os.path.relpath(os.path.join(path, name), folder) for name in files]
     return sorted(names)
 
-
 def is_hidden(name):
     """Whether any part of the name is hidden, or is a folder that macOS adds to archives."""
     return any(part.startswith(".") or part == "__MACOSX" for part in Path(name).parts)
 
-
 def pair_up(names):
-    """File names -> [(image, text)], skipped files. The names of a pair differ only in the
-    extension. The text is a .txt or, if there is none, a .json."""
+    """File names -> [(image, text, whether that is a .json)], skipped files. The names of a pair
+    differ only in the extension. The text is a .txt or, if there is none, a .json."""
     samples, pairs, skipped = {}, [], {}
     for name in itertools.filterfalse(is_hidden, names):
         key, extension = os.path.splitext(name)
@@ -519,18 +443,30 @@ def pair_up(names):
     for key, files in samples.items():
         text = files.get(".txt file") or files.get(".json file")
         if "image" in files and text:
-            pairs.append((files["image"], text))
+            pairs.append((files["image"], text, ".txt file" not in files))
         elif os.path.splitext(key)[0] not in samples:  # 1.seg.png belongs to 1.jpg
             for kind, name in files.items():
                 add_skip(skipped, "image without caption" if kind == "image" else kind, name)
     return pairs, skipped
 
+def read_folder(folder):
+    """-> Source, skipped files. Raises ValueError."""
+    pairs, skipped = pair_up(list_files(folder))
+    if ".tar file" in skipped:
+        raise ValueError(f"{folder} contains tar shards; use '{os.path.join(folder, '*.tar')}'")
+    samples = []
+    for image, text, in_json in pairs:
+        try:
+            samples.append((image, read_captions(os.path.join(folder, text), in_json)))
+        except Exception as error:
+            add_skip(skipped, type(error).__name__, text)
+    return Source(samples, folder), skipped
 
+# A field in quotation marks with a later line that names an image has swallowed other rows.
 SWALLOWED = re.compile(r"[\r\n].*\.(jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
 
-
 def read_csv(path):
-    """-> Pairs. In a file with tabs, quotation marks have no special meaning. Names of images are
+    """-> Source. In a file with tabs, quotation marks have no special meaning. Names of images are
     relative to the list's folder if any of the first hundred exists there, else to the current
     folder. Raises ValueError."""
     tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
@@ -542,13 +478,12 @@ def read_csv(path):
         try:
             if not {"filepath", "title"} <= set(table.fieldnames or ()):
                 raise ValueError(f"columns {table.fieldnames}; filepath and title are needed")
-            samples = Pairs(os.path.dirname(path), csv_rows(table), in_files=False)
+            samples = Source(csv_rows(table), os.path.dirname(path))
         except Exception as error:
             raise ValueError(f"line {table.line_num}: {error}") from None
     if not any(os.path.exists(samples.name(i)) for i in range(min(100, len(samples)))):
         samples.folder = ""
     return samples
-
 
 def csv_rows(table):
     for row in table:
@@ -556,10 +491,8 @@ def csv_rows(table):
             raise ValueError("more fields than columns, or a quotation mark that never closes")
         yield (row["filepath"] or "").strip(), row["title"] or ""
 
-
 # ------------------------------------------------------------------------------------------------
 # tar shards
-
 
 def expand_shards(source):
     """'a/{000..127}.tar', a glob, or several joined by :: -> list of files. Raises ValueError if a
@@ -579,10 +512,8 @@ def expand_shards(source):
         raise ValueError(f"there is no file or folder {os.path.abspath(source)}")
     return list(itertools.chain.from_iterable(map(expand_shards, parts)))
 
-
 OTHER_FILES = {b"PK": "zip archive", b"PAR1": "parquet file", b"\x1f\x8b": "gzip archive",
                b"{": "JSON file", b"<": "web page", b"\xff\xd8": "JPEG", b"\x89PNG": "PNG"}
-
 
 def scan_shard(path):
     """Headers of a tar -> {name: (offset, size)}, skipped members. Python's tarfile treats most
@@ -607,43 +538,33 @@ def scan_shard(path):
         add_skip(skipped, kind, f"{path} after byte {end:,}")
     return members, skipped
 
-
 def index_shard(path):
     """-> {"rows": int64 (samples, 5), "skipped": members}. A row contains the offset and size of
     the image, the offset and size of the caption, and whether the caption is in a .json. A cache
     folder keeps the index until the shard's size or ctime (which nobody can set) changes."""
-    stat = os.stat(path)
-    of = [stat.st_size, stat.st_ctime_ns]
+    stat, cache = os.stat(path), os.environ.get("XDG_CACHE_HOME")
+    cache = cache or os.path.join(os.environ.get("HOME") or tempfile.gettempdir(), ".cache")
+    of = f"{os.path.abspath(path)}.{stat.st_size}.{stat.st_ctime_ns}"
+    file = Path(f"{cache}/nanoeuclip{of}.index.pt")
     with suppress(Exception):  # the cached file may be missing or damaged
-        index = torch.load(index_file(path), weights_only=True)
-        if index["of"] == of:
-            return index
+        return torch.load(file, weights_only=True)
     members, skipped = scan_shard(path)
     pairs, others = pair_up(members)
-    rows = [(*members[p], *members[text], text.lower().endswith(".json")) for p, text in pairs]
+    rows = [(*members[image], *members[text], in_json) for image, text, in_json in pairs]
     rows = torch.tensor(rows, dtype=torch.int64).view(-1, 5)
-    index = {"of": of, "skipped": merge_skips([skipped, others]), "rows": rows}
-    with suppress(OSError, RuntimeError):  # without a cache folder, every process scans the shard
-        file = index_file(path)
+    index = {"rows": rows, "skipped": merge_skips([skipped, others])}
+    with suppress(OSError):  # without a cache folder, every process scans the shard
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = f"{file}.{os.getpid()}.tmp"
         torch.save(index, temporary)
         os.replace(temporary, file)  # atomic, because several processes may write it
     return index
 
-
-def index_file(path):
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(f"{cache}/nanoeuclip{os.path.abspath(path)}.index.pt")
-
-
 load_index = lru_cache(64)(index_shard)  # a process keeps 64 indices in memory
-
 
 def summarize_shard(path):
     index = index_shard(path)
     return len(index["rows"]), index["skipped"]
-
 
 class Shards(Source):
     """The samples of tar shards, one shard after the other."""
@@ -665,9 +586,7 @@ class Shards(Source):
     def __getitem__(self, i):
         path, row = self.locate(i)
         offset, size, text_offset, text_size, in_json = load_index(path)["rows"][row].tolist()
-        captions = parse_captions(read_bytes((path, text_offset, text_size)), in_json)
-        return (path, offset, size), captions
-
+        return (path, offset, size), read_captions((path, text_offset, text_size), in_json)
 
 def open_shards(paths):
     """-> Shards, skipped members. Raises LoadingError, OSError."""
@@ -680,22 +599,18 @@ def open_shards(paths):
             print0(f"{len(counts):,} of {len(paths):,} shards indexed")
     return Shards(paths, counts), merge_skips(skipped)
 
-
 # ------------------------------------------------------------------------------------------------
 # loading workers
 
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP")
-
 
 def cores(most=32, processes=1):
     """Cores for each process on this machine, at most `most`."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(most, here // processes))
 
-
 class LoadingError(RuntimeError):
     """The data loader has failed."""
-
 
 def prepare_worker(worker):
     """Signals may reach all processes, but only the training decides when to stop, so workers
@@ -703,7 +618,6 @@ def prepare_worker(worker):
     for name in STOP_SIGNALS:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
 
 def load(dataset, **settings):
     """Yields what a DataLoader yields. Raises LoadingError with one sentence if a worker fails."""

@@ -16,6 +16,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -24,10 +25,10 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
 
 import data
 from data import print0
@@ -40,7 +41,6 @@ STEPS = 50  # points on a path to the root, as in MERU
 
 # ------------------------------------------------------------------------------------------------
 # metrics: all are fractions of 1, or None if undefined
-
 
 @torch.no_grad()
 def wrong_before_right(similarity, queries, candidates, matches):
@@ -60,11 +60,9 @@ def wrong_before_right(similarity, queries, candidates, matches):
         counts.append(((similarities >= best) & ~right).sum(1))
     return torch.cat(counts).cpu()
 
-
 def recall_at_k(wrong, k, candidates):
     """Fraction of queries with a right answer in the top k; None if candidates < k."""
     return (wrong < k).double().mean().item() if k <= candidates else None
-
 
 def zero_shot_metrics(similarity, images, classes, labels):
     """images (N, D), classes (M, D), labels int64 (N,) -> dict. Raises ValueError."""
@@ -77,7 +75,6 @@ def zero_shot_metrics(similarity, images, classes, labels):
     chance = {"top1": 1 / M, "top5": 5 / M if M >= 5 else None, "mean_per_class_recall": 1 / M}
     return {"top1": recall_at_k(wrong, 1, M), "top5": recall_at_k(wrong, 5, M), "classes": M,
             "mean_per_class_recall": sum(per_class) / len(per_class), "chance": chance}
-
 
 def retrieval_metrics(similarity, images, texts, pairs):
     """images (N, D), texts (M, D), pairs int64 (P, 2): indices of an image and of a text that
@@ -101,7 +98,6 @@ def retrieval_metrics(similarity, images, texts, pairs):
                       for n in right[right > 0].tolist()]
             chance[f"{name}_r{k}"] = 1 - sum(missed) / len(missed) if k <= total else None
     return out | {"mean_r1": (out["i2t_r1"] + out["t2i_r1"]) / 2, "chance": chance}
-
 
 @torch.no_grad()
 def traverse(model, images, texts, min_radius=None):
@@ -127,26 +123,18 @@ def traverse(model, images, texts, min_radius=None):
         found.append([(nearest.index(text), text) for text in dict.fromkeys(nearest)])
     return found
 
-
 # ------------------------------------------------------------------------------------------------
 # embeddings
 
-
-class Images(Dataset):
-    """Image sources -> image uint8 (3, size, size), whether it is readable."""
-
-    def __init__(self, images, size):
-        self.images, self.size = images, size
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        try:
-            return data.load_image(self.images[i], self.size), True
-        except Exception:  # Pillow raises almost any exception on damaged files
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), False
-
+def load_images(size, sources):
+    """Image sources -> uint8 (N, 3, size, size), which of them are readable (N,)."""
+    images = torch.zeros(len(sources), 3, size, size, dtype=torch.uint8)
+    readable = torch.zeros(len(sources), dtype=torch.bool)
+    for i, source in enumerate(sources):
+        with suppress(Exception):  # Pillow raises almost any exception on damaged files
+            images[i] = data.load_image(source, size)
+            readable[i] = True
+    return images, readable
 
 def finite(rows, what):
     """rows (N, D) -> rows. Raises ValueError for NaN, which would rank first in similarity."""
@@ -155,19 +143,18 @@ def finite(rows, what):
         raise ValueError(f"{bad} of {len(rows)} {what} embeddings are not finite")
     return rows
 
-
 @torch.no_grad()
 def embed_images(model, images, batch_size=64, workers=0):
     """Image sources -> embeddings (N, D) of the readable images, and the N indices of these."""
-    dataset, rows, readable = Images(images, model.config.image_size), [], []
-    for batch, good in data.load(dataset, batch_size=batch_size, num_workers=workers):
-        rows.append(model.encode_image(batch[good].to(model.logit_scale.device)))
-        readable.append(good)
-    kept = torch.cat(readable).nonzero().squeeze(1).tolist() if readable else []
-    if not kept:
+    loading = {"batch_size": batch_size, "num_workers": workers}
+    rows, good = [], []
+    collate = partial(load_images, model.config.image_size)
+    for batch, readable in data.load(images, collate_fn=collate, **loading):
+        rows.append(model.encode_image(batch[readable].to(model.logit_scale.device)))
+        good += readable.tolist()
+    if not any(good):
         raise ValueError(f"none of {len(images)} images is readable, such as {images[:1]}")
-    return finite(torch.cat(rows), "image"), kept
-
+    return finite(torch.cat(rows), "image"), [i for i, readable in enumerate(good) if readable]
 
 @torch.no_grad()
 def embed_texts(model, texts, batch_size=64):
@@ -180,7 +167,6 @@ def embed_texts(model, texts, batch_size=64):
         rows.append(model.encode_text(tokens.to(rows[0].device)))
     return finite(torch.cat(rows), "text")
 
-
 def embed_classes(model, names, templates):
     """-> class embeddings (M, D). As in the authors' code, a class is the mean of its prompts. On
     the sphere, where that mean is shorter than 1, it is normalised again."""
@@ -188,18 +174,15 @@ def embed_classes(model, names, templates):
     prompts = embed_texts(model, prompts).unflatten(0, (len(templates), len(names)))
     return model.geometry.project(prompts.mean(0))
 
-
 # ------------------------------------------------------------------------------------------------
 # tasks: metrics of a model, and a sentence that states the evaluation protocol
-
 
 def protocol(model, what, images, kept, skipped=None):
     ranked = f"{what}, ranked by {model.config.geometry}/{model.config.logit}"
     skipped = dict(skipped or {})
     for i in sorted(set(range(len(images))) - set(kept)):
         data.add_skip(skipped, "unreadable", images[i])
-    return {"protocol": f"{ranked}; skipped: {data.describe_skips(skipped)}" if skipped else ranked}
-
+    return {"protocol": f"{ranked}; skipped: {data.describe(skipped)}" if skipped else ranked}
 
 def zero_shot(model, images, labels, names, templates, skipped=None, **loading):
     embeddings, kept = embed_images(model, images, **loading)
@@ -207,7 +190,6 @@ def zero_shot(model, images, labels, names, templates, skipped=None, **loading):
     metrics = zero_shot_metrics(model.similarity, embeddings, classes, torch.tensor(labels)[kept])
     what = f"{len(kept)} images, {len(names)} classes, mean of {len(templates)} prompts"
     return metrics | protocol(model, what, images, kept, skipped)
-
 
 def retrieval(model, held_out, **loading):
     """data.HeldOut -> metrics over its readable images and their captions."""
@@ -224,7 +206,6 @@ def retrieval(model, held_out, **loading):
     what += ", any match counts"
     return metrics | protocol(model, what, held_out.images, kept, held_out.skipped)
 
-
 def evaluate(model, held_out, **loading):
     """data.HeldOut -> {task: results}."""
     results = {"retrieval": retrieval(model, held_out, **loading)}
@@ -232,12 +213,10 @@ def evaluate(model, held_out, **loading):
         results["zero_shot"] = zero_shot(model, *held_out.classes, **loading)
     return results
 
-
 def held_out_source(train_config):
     """Flags of a training run -> the source of its held-out data, or None."""
     shapes = "shapes" if train_config.get("data") == "shapes" else None
     return train_config.get("val_data") or shapes
-
 
 def last_min_radius(model):
     """K of the cones at the end of training, or None if the model was trained without cones. For
@@ -247,7 +226,6 @@ def last_min_radius(model):
         return None
     first, last = c.get("min_radius", 0.1), c.get("final_min_radius")
     return first if last is None else last
-
 
 def traversal(model, images, captions, min_radius=None, **loading):
     """Image sources, M strings -> {image: [(position from 0 (image) to 1 (root), caption)]},
@@ -265,48 +243,34 @@ def traversal(model, images, captions, min_radius=None, **loading):
         retrieved[str(images[i])] = [(step / (STEPS - 1), texts[text]) for step, text in path]
     return {"retrieved": retrieved} | protocol(model, what, images, kept)
 
-
 # ---- below: the files of a task, and the command ------------------------------------------------
-
 
 def class_folders(folder, classnames=None, templates=None):
     """Folder of class folders -> images, labels (in the order of the sorted folders; numbers are
     sorted as numbers), names, templates, skipped files. Raises ValueError."""
-    entries = sorted(path for path in Path(folder).iterdir() if not data.is_hidden(path.name))
-    folders, images, labels, skipped = [path for path in entries if path.is_dir()], [], [], {}
-    if all(path.name.isdecimal() for path in folders):
-        folders.sort(key=lambda path: int(path.name))
-    for path in set(entries) - set(folders):
-        data.add_skip(skipped, "file beside the class folders", path)
-    for label, path in enumerate(folders):
-        for file in sorted(path.iterdir()):
-            if file.suffix.lower() in data.IMAGES and not data.is_hidden(file.name):
-                images.append(str(file))
-                labels.append(label)
-            elif not data.is_hidden(file.name):
-                kind = "folder" if file.is_dir() else "file"
-                data.add_skip(skipped, f"{file.suffix.lower()} {kind}".strip(), file)
-    names = [path.name.replace("_", " ") for path in folders]
+    visible = [path for path in Path(folder).iterdir() if not data.is_hidden(path.name)]
+    images, skipped = {path.name: [] for path in visible if path.is_dir()}, {}
+    for file in itertools.filterfalse(data.is_hidden, data.list_files(folder)):
+        top, *below = Path(file).parts
+        if len(below) == 1 and Path(file).suffix.lower() in data.IMAGES:
+            images[top].append(os.path.join(folder, file))
+        else:
+            data.add_skip(skipped, "file that is no image of a class", file)
+    folders = sorted(images, key=int if all(map(str.isdecimal, images)) else None)
+    names = [name.replace("_", " ") for name in folders]
     names = data.read_lines(classnames) if classnames else names
     templates = data.read_lines(templates) if templates else PROMPTS
-    empty = [str(path) for label, path in enumerate(folders) if label not in set(labels)]
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    for wrong, message in (
-        (len(folders) < 2, f"{folder} has {len(folders)} class folders, not two or more"),
-        (empty, f"class folders without images of their own: {', '.join(empty[:3])}; "
-                f"skipped: {data.describe_skips(skipped)}"),
-        (len(names) != len(folders),
-         f"{len(names)} names in {classnames}, but {len(folders)} class folders in {folder}"),
-        (repeated, f"two classes have the same name: {', '.join(repeated[:3])}"),
-        (not templates or not all("{}" in template for template in templates),
-         "templates are missing, or one of them has no {} for the class name"),
-    ):
-        if wrong:
-            raise ValueError(message)
-    for path, name in (folders[0], names[0]), (folders[-1], names[-1]):
-        print0(f"class folder {path.name} is {name!r}")
+    empty = [name for name in folders if not images[name]]
+    if empty or len(folders) < 2 or len(set(names)) < len(names) or len(names) != len(folders):
+        raise ValueError(f"{folder} has {len(folders)} class folders, of which without images: "
+                         f"{empty[:3]}; there are {len(names)} names, {len(set(names))} different: "
+                         f"{names[:3]}; skipped: {data.describe(skipped)}")
+    if not templates or not all("{}" in template for template in templates):
+        raise ValueError("templates are missing, or one of them has no {} for the class name")
+    print0(f"class folder {folders[0]} is {names[0]!r}, ..., {folders[-1]} is {names[-1]!r}")
+    labels = [label for label, name in enumerate(folders) for _ in images[name]]
+    images = list(itertools.chain.from_iterable(images[name] for name in folders))
     return images, labels, names, templates, skipped
-
 
 def karpathy_split(path, folder, split):
     """Karpathy JSON -> data.HeldOut of a split. Raises ValueError."""
@@ -330,29 +294,27 @@ def karpathy_split(path, folder, split):
         raise ValueError(f"{path} has no captions in split {split!r}, only {dict(splits)}")
     return data.Source(samples).held_out()
 
-
-def print_table(results, heads, rows):
-    print0(f"{results['task']}: {results['protocol']}\n{'':19}{heads}")
-    for title, names in rows:
-        for title, values in (title, results), ("chance %", results["chance"]):
-            cells = ["       -" if values[n] is None else f"{100 * values[n]:8.1f}" for n in names]
-            print0(f"  {title:17}{''.join(cells)}")
-
-
 def print_results(results):
-    if task := results.get("zero_shot"):
-        rows = [("accuracy %", ["top1", "top5", "mean_per_class_recall"])]
-        print_table(task | {"task": "zero_shot"}, "   top-1   top-5   per class", rows)
-    if task := results.get("retrieval"):
-        rows = [("image to text %", RECALLS[0]), ("text to image %", RECALLS[1])]
-        print_table(task | {"task": "retrieval"}, "     R@1     R@5    R@10", rows)
-    if task := results.get("traversal"):
-        print0(f"traversal: {task['protocol']}")
-        for image, path in task["retrieved"].items():
-            print0(image)
-            for position, caption in path:
-                print0(f"  {position:4.0%}  {caption}")
+    for task, heads, rows in (
+        ("zero_shot", "   top-1   top-5   per class",
+         [("accuracy %", ["top1", "top5", "mean_per_class_recall"])]),
+        ("retrieval", "     R@1     R@5    R@10",
+         [("image to text %", RECALLS[0]), ("text to image %", RECALLS[1])]),
+    ):
+        if metrics := results.get(task):
+            print0(f"{task}: {metrics['protocol']}\n{'':19}{heads}")
+            for title, names in rows:
+                print_row(title, [metrics[name] for name in names])
+                print_row("chance %", [metrics["chance"][name] for name in names])
+    if traversal := results.get("traversal"):
+        print0(f"traversal: {traversal['protocol']}")
+        for image, path in traversal["retrieved"].items():
+            captions = [f"\n  {position:4.0%}  {caption}" for position, caption in path]
+            print0(image + "".join(captions))
 
+def print_row(title, values):
+    cells = ["       -" if value is None else f"{100 * value:8.1f}" for value in values]
+    print0(f"  {title:17}{''.join(cells)}")
 
 def pick_device(name=None):
     """A name, or None for the best device -> torch.device. Raises ValueError if it is missing."""
@@ -362,7 +324,6 @@ def pick_device(name=None):
     torch.backends.cudnn.allow_tf32 = False
     with data.reading(f"--device {name}"):
         return torch.empty(0, device=name).device
-
 
 def end(message, status=2):
     """End the program with one line on stderr. If several processes fail for the same reason, the
@@ -374,24 +335,22 @@ def end(message, status=2):
         print(message, file=sys.stderr, flush=True)
     sys.exit(status)
 
-
 class Parser(argparse.ArgumentParser):
     """Takes --batch-size for --batch_size. Errors are one line, without the usage."""
 
     def parse_args(self, args=None):
         args = sys.argv[1:] if args is None else args
-        flags = [arg.partition("=") if arg.startswith("--") else ("", "", arg) for arg in args]
-        names = (re.sub(r"(?<=\w)(?<!^--no)-", "_", name) for name, _, _ in flags)
-        return super().parse_args([n + sign + value for n, (_, sign, value) in zip(names, flags)])
+        return super().parse_args([re.sub(r"^--(?!no-)[\w-]+", underscores, arg) for arg in args])
 
     def error(self, message):
         end(f"{self.prog}: {message}")
 
+def underscores(flag):
+    return "--" + flag[0][2:].replace("-", "_")
 
 NEEDS = {"classnames": "classification", "templates": "classification", "captions": "traverse",
          "traverse": "captions", "min_radius": "traverse", "retrieval": "images",
          "images": "retrieval"}
-
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -417,19 +376,15 @@ def parse_args(argv=None):
     for name, other in NEEDS.items():
         if getattr(args, name) is not None and not getattr(args, other):
             parser.error(f"--{name} needs --{other}")
-    for wrong, message in (
-        ("TORCHELASTIC_RUN_ID" in os.environ, "one process evaluates; start it without torchrun"),
-        (args.val_data and (args.retrieval or args.classification),
-         "--val_data is a separate task; remove --retrieval and --classification"),
-        (args.batch_size < 1 or args.workers < 0, "--batch_size is at least 1, --workers 0"),
-        (not 0 <= (args.min_radius or 0) < math.inf, "--min_radius must be finite and at least 0"),
-        (args.json and not Path(args.json).absolute().parent.is_dir(),
-         f"--json {args.json} is in a folder that does not exist"),
-    ):
-        if wrong:
-            parser.error(message)
+    if args.val_data and (args.retrieval or args.classification):
+        parser.error("--val_data is a separate task; remove --retrieval and --classification")
+    if args.batch_size < 1 or args.workers < 0 or not 0 <= (args.min_radius or 0) < math.inf:
+        parser.error("--batch_size must be at least 1, --workers and --min_radius at least 0")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        parser.error(f"--json {args.json} is in a folder that does not exist")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        parser.error("one process evaluates; start it without torchrun")
     return args
-
 
 def run(args):
     loading = {"batch_size": args.batch_size, "workers": args.workers}
@@ -444,8 +399,8 @@ def run(args):
         captions = data.read_lines(args.captions)
         if not captions:
             raise ValueError(f"{args.captions} has no captions")
-        task = args.traverse, captions, args.min_radius
-        results["traversal"] = traversal(model, *task, **loading)
+        found = traversal(model, args.traverse, captions, args.min_radius, **loading)
+        results["traversal"] = found
     if args.val_data or not results:
         source = args.val_data or held_out_source(model.train_config)
         if source is None:
@@ -456,8 +411,9 @@ def run(args):
         nothing = {"zero_shot": dict.fromkeys(("top1", "top5", "classes")),
                    "retrieval": dict.fromkeys(RECALLS[0] + RECALLS[1])}  # null for skipped tasks
         Path(args.json).write_text(json.dumps(nothing | results, indent=1) + "\n")
+    print0(f"images: shorter side resized to {model.config.image_size}, centre crop; towers in "
+           f"{args.dtype}; ties count against us")
     print_results(results)
-
 
 def main():
     args = parse_args()
@@ -469,7 +425,6 @@ def main():
             run(args)
     except (ValueError, OSError, data.LoadingError) as error:  # errors the user can fix
         end(f"evaluate.py: {error}")
-
 
 if __name__ == "__main__":
     main()

@@ -29,7 +29,6 @@ from geometry import find_geometry
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, per RGB channel
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
-
 @dataclass
 class Config:
     """Everything that defines a model except its weights. Where a field is None,
@@ -64,7 +63,6 @@ class Config:
         self.vision_heads = self.vision_heads or self.vision_width // 64
         self.text_heads = self.text_heads or self.text_width // 64
 
-
 SIZES = ("image_size", "patch_size", "vision_width", "vision_layers", "text_width", "text_layers",
          "embed_dim")
 PRESETS = {
@@ -77,7 +75,6 @@ PRESETS = {
 
 # ------------------------------------------------------------------------------------------------
 # the transformer that both towers share
-
 
 class Attention(nn.Module):
     def __init__(self, width, heads, causal):
@@ -108,11 +105,9 @@ class Attention(nn.Module):
             x = x.flatten(0, 1).index_select(0, index)  # (R, C)
         return self.out_proj(x)
 
-
 class QuickGELU(nn.Module):
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
-
 
 class Block(nn.Module):
     def __init__(self, width, heads, quick_gelu, causal):
@@ -130,7 +125,6 @@ class Block(nn.Module):
             x = x.flatten(0, -2).index_select(0, pool_index)  # (N, C)
         return x + self.mlp(self.ln_2(x))
 
-
 class Transformer(nn.Module):
     def __init__(self, width, layers, heads, quick_gelu, causal):
         super().__init__()
@@ -144,7 +138,6 @@ class Transformer(nn.Module):
         for block in blocks:
             x = block(x, packing=packing)
         return last(x, pool_index, packing)
-
 
 class VisionTransformer(nn.Module):
     def __init__(self, c):
@@ -166,12 +159,10 @@ class VisionTransformer(nn.Module):
         x = self.transformer(self.ln_pre(x), class_tokens)  # (N, C)
         return self.ln_post(x) @ self.proj  # (N, D)
 
-
 def caption_lengths(tokens, vocab_size):
     """tokens (N, T) -> lengths (N,), up to and including the first end token. Counting the nonzero
     tokens would be wrong: 0 is the padding, but in CLIP's vocabulary it is also a real token."""
     return (tokens == vocab_size - 1).int().argmax(1) + 1
-
 
 def pack_tokens(tokens, vocab_size):
     """tokens (N, T) -> int64 (R,): which of the N * T tokens the text tower computes.
@@ -192,9 +183,7 @@ def pack_tokens(tokens, vocab_size):
     R = N * math.ceil(int(real.sum()) / max(1, N))
     return (~real).int().argsort(stable=True)[:R]  # real tokens in order, then a few of padding
 
-
 # ------------------------------------------------------------------------------------------------
-
 
 class CLIP(nn.Module):
     """Both towers. As in open_clip, the parameters of the text tower belong to this class."""
@@ -302,7 +291,7 @@ class CLIP(nn.Module):
             if world_size() > 1:
                 all_image, all_text = all_gather(image), all_gather(text)
             image_logits = scale * geometry.similarity(image, all_text, logit, curv)  # (N, M)
-            text_logits = image_logits.T  # on one process; otherwise also (N, M)
+            text_logits = image_logits.T  # on one process, where both have the same pairs
             if world_size() > 1:
                 text_logits = scale * geometry.similarity(text, all_image, logit, curv)
             match = rank() * N + torch.arange(N, device=image.device)
@@ -335,19 +324,15 @@ class CLIP(nn.Module):
         for name, (low, high) in self.bounds().items():
             getattr(self, name).clamp_(low, high)
 
-
 # ---- below: several processes, and checkpoints -------------------------------------------------
 #
 # Each process has N pairs of a batch of N * world_size() pairs.
 
-
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
-
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
-
 
 class AllGather(torch.autograd.Function):
     """x (N, D) of this process -> rows of all processes (N * world_size(), D). Every process uses x
@@ -365,39 +350,39 @@ class AllGather(torch.autograd.Function):
         dist.all_to_all_single(received, grad.contiguous())  # gloo's reduce_scatter sends twice
         return received.unflatten(0, (world_size(), -1)).sum(0)
 
-
 @torch.compiler.disable  # torch.compile cannot trace it and compiles the code around it
 def all_gather(x):
     return AllGather.apply(x)
 
-
 def load_checkpoint(path):
     """Path -> dict of tensors and plain values. Loading uses `weights_only=True`, so a checkpoint
     cannot execute code, and maps the file, so tensors use memory only when they are read. Raises
-    ValueError."""
+    ValueError for files that neither train.py nor lab/convert.py has written."""
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no file {path}")
     try:
-        return dict(torch.load(str(path), map_location="cpu", weights_only=True, mmap=True))
+        checkpoint = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+        missing = {"state_dict", "config", "train_config"} - checkpoint.keys()
+        if missing:
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except Exception as error:  # damaged files raise almost any exception
-        size = f"{os.path.getsize(path):,} bytes" if os.path.isfile(path) else "not a file"
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"{path} ({size}) is not a checkpoint of train.py. If another program "
-                         f"wrote it, convert it first: python -m lab.convert {path} ckpt.pt "
-                         f"--geometry ... ({reason:.200})") from None
-
+        size = os.path.getsize(path)
+        raise ValueError(f"{path} ({size:,} bytes) is not a checkpoint of train.py. If another "
+                         f"program wrote it, convert it: python -m lab.convert {path} ckpt.pt "
+                         f"--geometry ... ({describe_error(error)})") from None
+    return checkpoint
 
 def load_model(path):
     """Path of a checkpoint by train.py or lab/convert.py -> CLIP on the CPU, in eval mode, with the
     flags of its training as `train_config`. Raises ValueError."""
     checkpoint = load_checkpoint(path)
-    if not {"state_dict", "config", "train_config"} <= checkpoint.keys():
-        found = ", ".join(map(str, [*checkpoint][:4]))
-        raise ValueError(f"{path} contains {found}, ...: another program wrote it. Convert it "
-                         f"first: python -m lab.convert {path} ckpt.pt --geometry ...")
     try:
         model = CLIP(Config(**checkpoint["config"]))  # a newer version may have more fields
         model.load_state_dict(checkpoint["state_dict"])
     except Exception as error:  # a file may contain anything under these names
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"{path}: {reason:.600}") from None
+        raise ValueError(f"{path}: {describe_error(error)}") from None
     model.train_config = checkpoint["train_config"]
     return model.eval()
+
+def describe_error(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"

@@ -12,9 +12,8 @@ out/ckpt.pt contains its whole state, and out/log.jsonl its history.
 
 import os
 
-# Torch's threads spin while they wait for each other. If other programs share the cores, spinning
-# takes most of the time. GNU OpenMP reads this limit when torch is imported. To measure the effect,
-# run `python -m lab.bench threads`.
+# While torch's threads wait for each other, they spin. This limit, which OpenMP reads when torch is
+# imported, saves time if other programs share the cores. See `python -m lab.bench threads`.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse
@@ -28,7 +27,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,80 +43,71 @@ from data import print0
 from geometry import GEOMETRIES
 from model import CLIP, PRESETS, Config, load_checkpoint, load_model, pack_tokens, rank, world_size
 
-
 def usual(value):
     return not isinstance(value, (int, float)) or 0 <= value < math.inf
 
+def flag(default, help, allowed=usual, fixed=False):
+    return field(default=default, metadata={"help": help, "allowed": allowed, "fixed": fixed})
 
-def flag(default, help, allowed=usual, group=None, fixed=False):
-    """fixed: a resumed run cannot change this flag."""
-    metadata = {"help": help, "allowed": allowed, "group": group, "fixed": fixed}
-    return field(default=default, metadata=metadata)
-
+def fixed(*args):
+    """A flag that a resumed run cannot change."""
+    return flag(*args, fixed=True)
 
 @dataclass
 class TrainConfig:
     """The flags. The defaults are for the quick start; README lists the settings of the paper."""
 
-    geometry: str = flag("euclidean", ", ".join(GEOMETRIES), GEOMETRIES.__contains__, "model", True)
-    logit: str | None = flag(None, "default: the geometry's first; see geometry.py", fixed=True)
+    geometry: str = fixed("euclidean", ", ".join(GEOMETRIES), GEOMETRIES.__contains__)
+    logit: str | None = fixed(None, "default: the geometry's first; see geometry.py")
     entailment_weight: float = flag(0.0, "lambda, the weight of the entailment loss, at least 0")
     min_radius: float = flag(0.1, "K, at least 0; a larger K makes wider cones")
     final_min_radius: float | None = flag(None, "K changes linearly to this value at the last step")
-    init_logit_scale: float | None = flag(None, "in log space; default: see README", math.isfinite,
-                                          fixed=True)
+    init_logit_scale: float | None = fixed(None, "log space; default: see README", math.isfinite)
     max_logit_scale: float = flag(100.0, "a factor (not its log) > 0", lambda x: 0 < x < math.inf)
-    model: str | None = flag(None, f"default: tiny; {', '.join(PRESETS)}", PRESETS.__contains__,
-                             fixed=True)
-    final_ln: bool | None = flag(None, "whether both towers end with a LayerNorm", fixed=True)
-    init_from: str | None = flag(None, "start with the weights and sizes of this checkpoint",
-                                 fixed=True)
-    data: str = flag("shapes", "shapes, tar shards, a .csv or .tsv, or a folder: see data.py",
-                     group="data")
+    model: str | None = fixed(None, f"default: tiny; {', '.join(PRESETS)}", PRESETS.__contains__)
+    final_ln: bool | None = fixed(None, "whether both towers end with a LayerNorm")
+    init_from: str | None = fixed(None, "start with the weights and sizes of this checkpoint")
+    data: str = flag("shapes", "shapes, tar shards, a .csv or .tsv, or a folder: see data.py")
     val_data: str | None = flag(None, "source of held-out data; shapes has its own")
-    crop_scale: float = flag(0.9, "smallest crop area / image area, (0, 1]", lambda x: 0 < x <= 1,
-                             fixed=True)
-    tokenizer: str | None = flag(None, "bytes, clip or tiktoken's; default: bytes (tiny) or clip",
-                                 fixed=True)
-    batch_size: int = flag(64, "samples over all processes, at least 2", lambda n: n >= 2,
-                           "optimizer", True)
+    crop_scale: float = fixed(0.9, "smallest crop area / image area", lambda x: 0 < x <= 1)
+    tokenizer: str | None = fixed(None, "bytes, clip or tiktoken's; default: bytes (tiny) or clip")
+    batch_size: int = fixed(64, "samples over all processes, at least 2", lambda n: n >= 2)
     micro_batch: int = flag(0, "samples per process and pass, to save memory; 0: all at once")
     samples: int = flag(45_000, "total number of training samples")
     lr: float = flag(1.5e-3, "peak learning rate; after the warm-up it decays to 0 as a cosine")
     warmup: int | None = flag(None, "steps; default: two fifths of all, at most 500")
-    weight_decay: float = flag(0.2, "of matrices; other parameters have none", fixed=True)
-    beta2: float = flag(0.98, "of AdamW, below 1", lambda x: 0 <= x < 1, fixed=True)
+    weight_decay: float = fixed(0.2, "of matrices; other parameters have none")
+    beta2: float = fixed(0.98, "of AdamW, below 1", lambda x: 0 <= x < 1)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no limit")
-    out_dir: str = flag("out", "folder for ckpt.pt and log.jsonl", group="run")
+    out_dir: str = flag("out", "folder for ckpt.pt and log.jsonl")
     resume: bool = flag(False, "resume out_dir/ckpt.pt with its flags; start if it is missing")
     save_every: int = flag(1000, "steps between checkpoints, at least 1", lambda n: n >= 1)
     eval_every: int | None = flag(None, "steps, at least 1; default: 1/5 of all", lambda n: n >= 1)
     log_every: int = flag(20, "steps between reports, at least 1", lambda n: n >= 1)
-    seed: int = flag(0, "of weights and data, below 2**63", lambda n: 0 <= n < 2**63, fixed=True)
-    device: str | None = flag(None, "default: cuda, else mps, else cpu", group="machine")
-    dtype: str | None = flag(None, "float32 or bfloat16; default: bfloat16 if the GPU supports it",
+    seed: int = fixed(0, "of weights and data, below 2**63", lambda n: 0 <= n < 2**63)
+    device: str | None = flag(None, "default: cuda, else mps, else cpu")
+    dtype: str | None = flag(None, "default: bfloat16 if the GPU supports it, else float32",
                              ("float32", "bfloat16").__contains__)
     compile: bool | None = flag(None, "use torch.compile; default: on cuda, but not for tiny")
     workers: int | None = flag(None, "loading workers per process; default: its cores, at most 32")
 
+GROUPS = {"geometry": "model", "data": "data", "batch_size": "optimizer", "out_dir": "run",
+          "device": "machine"}  # the first flag of each group in --help
 
 # ------------------------------------------------------------------------------------------------
 # the parts of a step
-
 
 def learning_rate(step, steps, peak, warmup):
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
-
 def min_radius(step, steps, first, last):
     return first if last is None else first + (last - first) * step / max(1, steps - 1)
 
-
 def build_model(c):
     torch.manual_seed(c.seed)  # the same weights on every process
-    scale, geometry = c.init_logit_scale, GEOMETRIES[c.geometry]
+    scale = c.init_logit_scale
     if c.init_from:
         model = load_model(c.init_from).train()
         for name in ("geometry", "logit", "tokenizer", "final_ln"):
@@ -130,12 +120,11 @@ def build_model(c):
     if scale is None and c.data == "shapes":  # short runs need other values; see README, Pitfalls
         scale = {"squared": 2.0, "cosine": 3.4, "arc": 3.4}.get(c.logit, 3.0)
     elif scale is None:
-        scale = geometry.init_logit_scale(c.logit, cones=c.entailment_weight > 0)
+        scale = GEOMETRIES[c.geometry].init_logit_scale(c.logit, cones=c.entailment_weight > 0)
     tokenizer = c.tokenizer or ("bytes" if c.model == "tiny" else "clip")
-    return CLIP(Config(**PRESETS[c.model], geometry=c.geometry, logit=c.logit, final_ln=c.final_ln,
-                       tokenizer=tokenizer, vocab_size=data.vocab_size(tokenizer),
-                       init_logit_scale=scale))
-
+    settings = {"geometry": c.geometry, "logit": c.logit, "final_ln": c.final_ln,
+                "tokenizer": tokenizer, "vocab_size": data.vocab_size(tokenizer)}
+    return CLIP(Config(**PRESETS[c.model], **settings, init_logit_scale=scale))
 
 def build_optimizer(model, c):
     """-> AdamW with weight decay on matrices, not on gains, biases, the class token and scalars."""
@@ -144,7 +133,6 @@ def build_optimizer(model, c):
     groups = [{"params": decay, "weight_decay": c.weight_decay},
               {"params": no_decay, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, c.beta2), eps=1e-6, fused=True)
-
 
 def split_batch(images, tokens, micro_batch, vocab_size, device):
     """-> [(images, tokens, index)] on the device, micro_batch samples each (0: all samples)."""
@@ -157,7 +145,6 @@ def split_batch(images, tokens, micro_batch, vocab_size, device):
         torch._dynamo.maybe_mark_dynamic(part[2], 0)
         parts.append(part)
     return parts
-
 
 def gradcache_backward(net, model, parts, autocast, *loss_args):
     """Gradients of the whole batch with only a part of it in memory (GradCache, arXiv:2101.06983).
@@ -184,10 +171,8 @@ def gradcache_backward(net, model, parts, autocast, *loss_args):
         torch.autograd.backward(outputs, grads)
     return losses
 
-
 # ------------------------------------------------------------------------------------------------
 # the training
-
 
 def train(c, checkpoint):
     """Start a run, or resume the run of a checkpoint (a new run: {}). Raises ValueError or OSError
@@ -209,6 +194,7 @@ def train(c, checkpoint):
         optimizer.load_state_dict(checkpoint["optimizer"])
     autocast, compile = choose_precision(c, device)
     if compile:
+        print0("torch.compile compiles during the first steps, which takes minutes")
         model.compile()  # in place, so that parameters keep their names
         model.loss = torch.compile(model.loss)
     net = DDP(model, gradient_as_bucket_view=True) if world_size() > 1 else model
@@ -222,23 +208,29 @@ def train(c, checkpoint):
     if first:
         barrier()
     check_equal(len(source), f"numbers of samples in {c.data}")
-    count = checkpoint.get("data_size", len(source))
-    if count != len(source):
-        raise ValueError(f"{c.data} has {len(source):,} samples, but the run began with {count:,}")
+    if len(source) != checkpoint.get("data_size", len(source)):
+        raise ValueError(f"{c.data} has {len(source):,} samples, but the run has begun with "
+                         f"{checkpoint['data_size']:,}")
     batches = data.batches(source, model.config, c.batch_size, c.crop_scale, c.seed, rank(),
                            world_size(), c.workers, start, device.type == "cuda")
-    batch = to_device(next(batches), c.micro_batch, model.config.vocab_size, device)
+    stop = SimpleNamespace(signal=None, error=None)  # why this process wants to stop
+    batch = next_batch(batches, stop, c.micro_batch, model.config.vocab_size, device)
+    if stop.error:
+        raise stop.error  # before the folder of the run exists
     skipped = Counter(checkpoint.get("skipped", {}) if first else {})  # of this process
 
-    log = open_log(path.with_name("log.jsonl"), start) if first else None  # the run is sure to start
-    print_start(c, model, device, steps, checkpoint, source, left_out, compile)
-    stop = catch_signals()
+    log = open_log(path.with_name("log.jsonl"), start) if first else None
+    print_start(c, model, device, steps, checkpoint, source, left_out)
+    catch_signals(stop)
     began = since = time.monotonic()
     counted, waited = start, 0.0  # since the last report: its step, seconds of waiting for data
     for step in range(start, steps):
-        if any_process(stop.signal or stop.error):  # if one process must stop, all do
-            save(path, model, optimizer, c, step, skipped, count)
-            return end_early(step, stop)
+        signals, errors = zip(*gather((stop.signal, stop.error)))
+        if any(signals + errors):  # if one process must stop, all do
+            save(path, model, optimizer, c, step, skipped, len(source))
+            if not any(signals):  # a signal to all processes also ends the loading workers
+                raise next(filter(None, errors))
+            return print0(f"stopped after step {step}; resume the run with --resume")
         lr = learning_rate(step, steps, c.lr, c.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -260,7 +252,7 @@ def train(c, checkpoint):
 
         moment = time.monotonic()
         batch = next_batch(batches, stop, c.micro_batch, model.config.vocab_size, device)
-        waited += time.monotonic() - moment  # a GPU still computes the gradient meanwhile
+        waited += time.monotonic() - moment  # meanwhile a GPU computes the gradient
 
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
         if not grad_norm.isfinite():  # on all processes, which share the gradient
@@ -272,46 +264,43 @@ def train(c, checkpoint):
         model.clamp_scalars()
 
         done = step + 1
-        reporting = done in (1, steps) or done % c.log_every == 0
         evaluating = val_source and (done == steps or done % c.eval_every == 0)
-        if reporting:
+        if done in (1, steps) or done % c.log_every == 0:
+            values = torch.stack([*metrics.values()]).tolist()  # waits for the GPU
             seconds = time.monotonic() - since
-            mine = torch.stack([*metrics.values()]).tolist()  # waits for the GPU
-            sums = [sum(column) for column in zip(*gather([*mine, waited, skipped.total()]))]
+            sums = [sum(column) for column in zip(*gather([*values, waited, skipped.total()]))]
             means = {name: value / world_size() for name, value in zip(metrics, sums)}
             means |= {"grad_norm": grad_norm.item(), "lr": lr, "skipped": sums[-1],
                       "samples_per_second": (done - counted) * c.batch_size / seconds,
                       "waiting_for_data": sums[-2] / world_size() / seconds}
-            report(log, done, steps, means, c)
-        if evaluating or done == steps or done % c.save_every == 0:
-            save(path, model, optimizer, c, done, skipped, count)  # before evaluating, which is long
-        if evaluating and first:  # the other processes wait at the next stop or gather
-            with autocast:
-                report_held_out(log, done, steps, model, held_out, c.workers)
-        if reporting or evaluating:
+            left = (steps - done) / (done - counted) * seconds
+            report(log, done, steps, means, describe_step(means, c.entailment_weight, left))
             since, counted, waited = time.monotonic(), done, 0.0
+        if evaluating or done == steps or done % c.save_every == 0:
+            save(path, model, optimizer, c, done, skipped, len(source))  # evaluating takes long
+        if evaluating and first:  # the other processes wait in their next `gather`
+            moment = time.monotonic()
+            with autocast:
+                report(log, done, steps, *evaluate_held_out(model, held_out, c.workers))
+            since += time.monotonic() - moment
     seconds = time.monotonic() - began
     print0(f"{steps - start} steps in {seconds:.0f} s; evaluate {path} with evaluate.py")
-
 
 # ---- below: flags, processes, signals, and the folder of a run ----------------------------------
 
 NOT_KEPT = ("resume", "out_dir", "device", "workers")  # not taken from the checkpoint
 RETIRED = ("quick_gelu", "vision_heads", "text_heads")  # flags of older versions, now in `config`
 
-
 def parse_args(argv=None):
     """-> TrainConfig, and the checkpoint to resume, or {} for a new run. Flags that argv does not
     contain come from the checkpoint. Raises ValueError."""
-    usage = "%(prog)s [--help] [--FLAG VALUE ...]"
-    parser = evaluate.Parser(description=__doc__.split("\n")[0], usage=usage, allow_abbrev=False)
+    parser = evaluate.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for f in fields(TrainConfig):
-        if f.metadata["group"]:
-            group = parser.add_argument_group(f.metadata["group"])
+        group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
         kind = next(t for t in (bool, int, float, str) if f.type in (t, t | None))
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        default = "" if f.default is None else f" (default: {f.default})"
-        group.add_argument(f"--{f.name}", help=f.metadata["help"] + default, default=f.default, **how)
+        text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
+        group.add_argument(f"--{f.name}", help=text, default=f.default, **how)
     c = TrainConfig(**vars(parser.parse_args(argv)))
     path = Path(c.out_dir, "ckpt.pt")
     if os.path.exists(c.out_dir) and not os.path.isdir(c.out_dir):
@@ -325,16 +314,15 @@ def parse_args(argv=None):
     checkpoint = load_checkpoint(path)
     if "optimizer" not in checkpoint:
         raise ValueError(f"{path} has no optimizer state to resume; use --init_from instead")
-    known = {f.name: f.metadata["fixed"] for f in fields(TrainConfig)}
-    with data.reading(path):
-        before = {n: v for n, v in checkpoint["train_config"].items() if n not in RETIRED}
-        parser.set_defaults(**{name: before[name] for name in before.keys() - NOT_KEPT})
-        c = TrainConfig(**vars(parser.parse_args(argv)))  # a newer version may have more flags
-    for name in before:
-        if known[name] and getattr(c, name) != before[name]:
-            raise ValueError(f"{path} has --{name} {before[name]}, not {getattr(c, name)}")
+    before = {k: v for k, v in checkpoint["train_config"].items() if k not in RETIRED}
+    parser.set_defaults(**{name: before[name] for name in before.keys() - NOT_KEPT})
+    with data.reading(path):  # a newer version may have more flags
+        c = TrainConfig(**vars(parser.parse_args(argv)))
+    for f in fields(c):
+        value, old = getattr(c, f.name), before.get(f.name)
+        if f.metadata["fixed"] and value != old:
+            raise ValueError(f"{path} has --{f.name} {old}, not {value}")
     return c, checkpoint
-
 
 def validate(c, done):
     """Set the defaults that depend on other flags -> number of steps. Raises ValueError."""
@@ -363,7 +351,6 @@ def validate(c, done):
     c.model = c.model or (None if c.init_from else "tiny")
     return steps
 
-
 def choose_precision(c, device):
     """-> autocast context for the towers, and whether to compile."""
     cuda = device.type == "cuda"
@@ -371,7 +358,6 @@ def choose_precision(c, device):
     bfloat16 = able if c.dtype is None else c.dtype == "bfloat16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
     return autocast, cuda and c.model != "tiny" if c.compile is None else c.compile
-
 
 def join_processes(name):
     """Join the other processes, if torchrun started any -> the device of this process."""
@@ -384,89 +370,54 @@ def join_processes(name):
     if device.type == "cuda":
         torch.cuda.set_device(device)  # so that it allocates on no other GPU
     if local == "0":
-        place = ":".join(os.environ.get(f"MASTER_{name}", "?") for name in ("ADDR", "PORT"))
+        place = ":".join(os.environ.get(f"MASTER_{part}", "?") for part in ("ADDR", "PORT"))
         print(f"waiting for {os.environ.get('WORLD_SIZE')} processes at {place}", flush=True)
     # The timeout is a day, because process 0 may evaluate for hours while the others wait. If a
     # process fails, torchrun ends the others.
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     return device
 
-
-@contextmanager
-def other_processes():
-    try:
-        yield
-    except RuntimeError as error:
-        time.sleep(5)  # torchrun reports the process that ends first, which should be the other one
-        raise ConnectionError(f"another process has failed: {error}") from None
-
-
 def gather(value):
-    """-> list of what all processes have passed. They also wait here for each other."""
+    """-> list of the values of all processes, which also wait here for each other."""
     values = [value] * world_size()
     if world_size() > 1:
-        with other_processes():
-            dist.all_gather_object(values, value)
+        try:
+            dist.all_gather_object(values, value)  # by gloo, on the CPU
+        except RuntimeError:  # another process has failed
+            time.sleep(5)  # torchrun shows the error of the process that ends first
+            raise
     return values
-
 
 def barrier():
     gather(None)
-
-
-def any_process(condition):
-    """-> whether the condition is true on any process."""
-    count = torch.tensor(float(bool(condition)))
-    if world_size() > 1:
-        with other_processes():
-            dist.all_reduce(count)  # by gloo, because it is on the CPU
-    return count > 0
-
 
 def check_equal(number, what):
     numbers = gather(number)
     if len(set(numbers)) > 1:
         raise ValueError(f"processes see different {what}: {numbers}")
 
-
-def catch_signals():
-    """-> object with the `signal` or the loading `error` for which this process wants to stop."""
-    stop = SimpleNamespace(signal=None, error=None)
+def catch_signals(stop):
+    """After the first signal, a run stops after the step. A second Ctrl-C kills it."""
 
     def receive(number, frame):
         if not stop.signal and rank() == 0:
-            with suppress(OSError):  # print is not allowed here
+            with suppress(OSError):  # a signal handler cannot use print
                 os.write(2, b"\nstopping after this step; Ctrl-C again ends at once\n")
         stop.signal = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     for number in (getattr(signal, name) for name in data.STOP_SIGNALS):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            with suppress(ValueError):  # only the main thread can receive signals
+        with suppress(ValueError):  # only the main thread can receive signals
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, receive)
-    return stop
-
-
-def end_early(step, stop):
-    errors = [error for error in gather(None if stop.signal else stop.error) if error]
-    if errors and not any_process(stop.signal):
-        raise data.LoadingError(errors[0])
-    print0(f"stopped after step {step}; resume the run with --resume")
-
-
-def to_device(batch, *how):
-    images, tokens, skipped = batch
-    return split_batch(images, tokens, *how), skipped
-
 
 def next_batch(batches, stop, *how):
-    """-> what `to_device` returns, or None if this process wants to stop. After a signal, an error
-    is ignored, because a signal to all processes also ends the loading workers."""
+    """-> the parts of the next batch, its skipped samples; None if stop.error says why not."""
     try:
-        return None if stop.signal else to_device(next(batches), *how)
+        images, tokens, skipped = next(batches)
+        return split_batch(images, tokens, *how), skipped
     except data.LoadingError as error:
-        stop.error = str(error)
-
+        stop.error = error
 
 def open_log(path, step):
     """-> log.jsonl without the reports after `step`, which will be written again. The file is
@@ -480,16 +431,16 @@ def open_log(path, step):
     except OSError:
         pass  # some network disks do not support locks
     log.seek(0)
-    kept = []
-    for line in log.read().splitlines(keepends=True):
+    lines, kept = log.read().splitlines(keepends=True), []
+    for line in lines:
         report = re.match(rb'\s*\{"step": (\d+)', line)
         if not report or int(report[1]) <= step:
             kept.append(line if line.endswith((b"\n", b"\r")) else line + b"\n")
-    log.truncate(0)
-    log.writelines(kept)
-    log.flush()
+    if kept != lines:
+        log.truncate(0)
+        log.writelines(kept)
+        log.flush()
     return log
-
 
 def save(path, model, optimizer, c, step, skipped, data_size):
     """Write a checkpoint. The old file stays intact until the new one is on the disk."""
@@ -510,63 +461,53 @@ def save(path, model, optimizer, c, step, skipped, data_size):
             raise OSError(f"cannot write {path}, which is as before: {error}") from None
     barrier()  # wait until the file exists
 
-
-def print_start(c, model, device, steps, checkpoint, source, left_out, compile):
+def print_start(c, model, device, steps, checkpoint, source, left_out):
     flags = " ".join(f"{name}={value}" for name, value in asdict(c).items() if value is not None)
-    count, chance = sum(p.numel() for p in model.parameters()), math.log(c.batch_size)
     print0(textwrap.fill(flags, 100))
+    count = sum(p.numel() for p in model.parameters())
     print0(f"torch {torch.__version__}, {device}, {world_size()} processes, {count:,} parameters")
-    print0(f"{c.data}: {source}; skipped: {data.describe_skips(left_out)}")
-    print0(f"chance level of the loss: ln({c.batch_size}) = {chance:.3f}")
+    print0(f"{c.data}: {source}; skipped: {data.describe(left_out)}")
+    print0(f"chance level of the loss: ln({c.batch_size}) = {math.log(c.batch_size):.3f}")
     if len(source) < c.batch_size:
         floor = math.log(c.batch_size / len(source))
         print0(f"warning: batches repeat samples, so the loss stays above {floor:.2f}")
     if checkpoint:
         step, before = checkpoint["step"], checkpoint["train_config"]
-        print0(f"resuming after step {step}")
-        old_steps = before["samples"] // before["batch_size"]
-        old = learning_rate(step, old_steps, before["lr"], before["warmup"])
+        total = before["samples"] // before["batch_size"]
+        old = learning_rate(step, total, before["lr"], before["warmup"])
         new = learning_rate(step, steps, c.lr, c.warmup)
-        if not math.isclose(old, new, rel_tol=0.01):
-            print0(f"the flags change the learning rate from {old:.2g} to {new:.2g}")
-    if compile:
-        print0("the first steps take minutes, because torch.compile compiles the model")
+        jump = not math.isclose(old, new, rel_tol=0.01)
+        change = f"; the flags change the learning rate from {old:.2g} to {new:.2g}" if jump else ""
+        print0(f"resuming after step {step}{change}")
 
+def report(log, step, steps, values, text):
+    """Report `values` in log.jsonl for programs, and the text on stdout for people."""
+    if rank() == 0:
+        log.write(json.dumps({"step": step} | values).encode() + b"\n")
+        log.flush()
+        print0(f"step {step:{len(str(steps))}}/{steps}  {text}")
 
-def write(log, step, values):
-    """Write a report for programs to log.jsonl."""
-    log.write(json.dumps({"step": step} | values).encode() + b"\n")
-    log.flush()
+def describe_step(values, cones, seconds_left):
+    text = f"loss {values['loss']:.4g}"
+    if cones:
+        text += f"  entailment {values['entailment']:.2f}  in cone {values['in_cone']:.0%}"
+    text += f"  lr {values['lr']:.2e}  {values['samples_per_second']:,.0f} samples/s"
+    text += f"  {datetime.timedelta(seconds=int(seconds_left))} left"
+    return text + (f"  skipped {values['skipped']}" if values["skipped"] else "")
 
-
-def report(log, step, steps, values, c):
-    """Write a report for programs to log.jsonl and one for people to stdout."""
-    if rank() > 0:
-        return
-    write(log, step, values)
-    speed = values["samples_per_second"]
-    seconds = int((steps - step) * c.batch_size / speed)
-    cones = f"  entailment {values['entailment']:.2f}  in cone {values['in_cone']:.0%}"
-    print0(f"step {step:{len(str(steps))}}/{steps}  loss {values['loss']:.4g}"
-           + (cones if c.entailment_weight else "") + f"  lr {values['lr']:.2e}  "
-           f"{speed:,.0f} samples/s  {datetime.timedelta(seconds=seconds)} left"
-           + (f"  skipped {values['skipped']}" if values["skipped"] else ""))
-
-
-def report_held_out(log, step, steps, model, held_out, workers):
+def evaluate_held_out(model, held_out, workers):
+    """-> values for log.jsonl, text for people."""
     print0(f"evaluating {len(held_out.images)} held-out images")
     try:
         results = evaluate.evaluate(model, held_out, workers=workers)
-    except (ValueError, OSError, data.LoadingError) as error:
-        return print0(f"warning: no evaluation: {error}")  # a signal can end the loading workers
-    metrics = {}
+    except (ValueError, OSError, data.LoadingError) as error:  # a signal can end the workers
+        return {}, f"warning: not evaluated: {error}"
+    values = {}
     for task in results.values():
-        metrics |= {f"val_{name}": v for name, v in task.items() if isinstance(v, float)}
-    write(log, step, metrics)
-    i2t, t2i = metrics["val_i2t_r1"], metrics["val_t2i_r1"]
-    top1 = f"  top-1 {metrics['val_top1']:.1%}" if "val_top1" in metrics else ""
-    print0(f"step {step:{len(str(steps))}}/{steps}  held out: R@1 {i2t:.1%} / {t2i:.1%}{top1}")
-
+        values |= {f"val_{name}": v for name, v in task.items() if isinstance(v, float)}
+    top1 = f"  top-1 {values['val_top1']:.1%}" if "val_top1" in values else ""
+    recalls = f"{values['val_i2t_r1']:.1%} / {values['val_t2i_r1']:.1%}"
+    return values, f"held out: R@1 {recalls}{top1}"
 
 @record  # lets torchrun show the traceback of the first process that fails
 def main():
@@ -581,7 +522,6 @@ def main():
     if dist.is_initialized():
         barrier()  # threads of a process that exits early can abort the others
         dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     main()

@@ -136,7 +136,7 @@ class Shapes(data.Source):
     """The toy world as a data source. Sample i is drawn from random.Random(i)."""
 
     def __init__(self):
-        super().__init__(None)
+        super().__init__([])
 
     def __len__(self):
         return 2**48  # endless
@@ -168,4 +168,4 @@ class Shapes(data.Source):
         labels = [first % len(SHAPE_CLASSES) for first, _, _ in held_out_scenes()[:HELD_OUT]]
         classes = ones, labels, SHAPE_CLASSES, SHAPE_TEMPLATES
         pairs = [(i, i) for i in range(HELD_OUT)]
-        return data.HeldOut(twos, captions, pairs, {}, HELD_OUT, classes)
+        return data.HeldOut(twos, captions, pairs, HELD_OUT, classes=classes)
