@@ -68,10 +68,13 @@ def load_image(image, size):
         return to_tensor(image(size))
     image = to_rgb(open_image(image))
     w, h = image.size
-    new_w, new_h = size * w // min(w, h), size * h // min(w, h)
-    left, top = round((new_w - size) / 2), round((new_h - size) / 2)
-    box = left * w / new_w, top * h / new_h, (left + size) * w / new_w, (top + size) * h / new_h
-    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box))
+    x, y = max(0, w - 16 * h) // 2, max(0, h - 16 * w) // 2  # ends of a strip that would get huge
+    w, h = w - 2 * x, h - 2 * y
+    image = image.crop((x, y, x + w, y + h))
+    w, h = size * w // min(w, h), size * h // min(w, h)
+    left, top = round((w - size) / 2), round((h - size) / 2)
+    image = image.resize((w, h), Image.Resampling.BICUBIC)
+    return to_tensor(image.crop((left, top, left + size, top + size)))
 
 def random_box(w, h, scale, rng):
     """RandomResizedCrop's box: its area is `scale` to 1 of the image, its aspect ratio 3/4 to 4/3.
@@ -144,8 +147,6 @@ def collate(tokenizer, context_length, samples):
     images, tokens = torch.stack(images), tokenize(captions, tokenizer, context_length)
     longest = int((tokens == vocab_size(tokenizer) - 1).int().argmax(1).max()) + 1
     tokens = tokens[:, : 8 * math.ceil(longest / 8)].contiguous()
-    if get_worker_info():  # a full /dev/shm raises here, but would hang in the worker's queue
-        images, tokens = images.share_memory_(), tokens.share_memory_()
     return images, tokens, merge_skips(skipped)
 
 def batches(source, config, batch_size, crop_scale=0.9, seed=0, rank=0, world_size=1, workers=0,
@@ -157,8 +158,8 @@ def batches(source, config, batch_size, crop_scale=0.9, seed=0, rank=0, world_si
     starts = itertools.count(step * batch_size + rank * local, batch_size)
     loader = load(
         Samples(source, seed, config.image_size, crop_scale),
+        partial(collate, config.tokenizer, config.context_length),
         batch_sampler=(range(start, start + local) for start in starts),
-        collate_fn=partial(collate, config.tokenizer, config.context_length),
         num_workers=workers, pin_memory=pin_memory,
     )
     taken, all_skipped = 0, {}
@@ -181,14 +182,19 @@ def reading(name):
         reason = " ".join(str(error).split())[:400]
         raise ValueError(f"{name}: {type(error).__name__}: {reason}") from None
 
+def say(*words):
+    """Print. If nobody reads stdout any more, this ends the printing, not the run."""
+    text, code = " ".join(map(str, words)), getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(code, "backslashreplace").decode(code), flush=True)
+    except (OSError, ValueError):
+        with suppress(Exception):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 def print0(*words):
-    """Print on process 0. If nobody reads stdout any more, this ends the printing, not the run."""
+    """Print on process 0."""
     if os.environ.get("RANK", "0") == "0":
-        try:
-            print(*words, flush=True)
-        except (OSError, ValueError):
-            with suppress(Exception):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        say(*words)
 
 def add_skip(skipped, kind, name, count=1):
     """skipped: {kind: [how many samples or files of that kind were skipped, name of the first]}."""
@@ -315,7 +321,7 @@ def read_captions(place, in_json=False):
     """A .txt (one caption per line) or a .json, see `read_bytes` -> captions. Raises UnicodeError
     for other encodings than UTF-8, and what json raises."""
     text = read_bytes(place).decode("utf-8-sig")
-    if text.count("\0") > len(text) / 4:
+    if len(re.findall(r"[\0-\x08\x0e-\x1f]", text)) > len(text) / 4:
         raise UnicodeError("this is UTF-16 without a byte order mark")
     if in_json:
         return json.loads(text)["caption"]
@@ -442,9 +448,10 @@ def pair_up(names):
         samples.setdefault(key, {}).setdefault(kind, name)
     for key, files in samples.items():
         text = files.get(".txt file") or files.get(".json file")
+        stem, suffix = os.path.splitext(key)
         if "image" in files and text:
             pairs.append((files["image"], text, ".txt file" not in files))
-        elif os.path.splitext(key)[0] not in samples:  # 1.seg.png belongs to 1.jpg
+        elif not suffix or stem not in samples:  # 1.seg.png belongs to 1.jpg
             for kind, name in files.items():
                 add_skip(skipped, "image without caption" if kind == "image" else kind, name)
     return pairs, skipped
@@ -480,8 +487,8 @@ def read_csv(path):
                 raise ValueError(f"columns {table.fieldnames}; filepath and title are needed")
             samples = Source(csv_rows(table), os.path.dirname(path))
         except Exception as error:
-            raise ValueError(f"line {table.line_num}: {error}") from None
-    if not any(os.path.exists(samples.name(i)) for i in range(min(100, len(samples)))):
+            raise ValueError(f"line {table.reader.line_num}: {error}") from None
+    if not any(os.path.isfile(samples.name(i)) for i in range(min(100, len(samples)))):
         samples.folder = ""
     return samples
 
@@ -505,7 +512,7 @@ def expand_shards(source):
     elif numbers:
         first, last = numbers.groups()
         names = (str(i).zfill(len(first)) for i in range(int(first), int(last) + 1))
-        parts = [source.replace(numbers[0], name) for name in names]
+        parts = [source.replace(numbers[0], name, 1) for name in names]
     else:
         parts = sorted(glob.glob(source))
     if parts in ([], [source]):
@@ -553,7 +560,7 @@ def index_shard(path):
     rows = [(*members[image], *members[text], in_json) for image, text, in_json in pairs]
     rows = torch.tensor(rows, dtype=torch.int64).view(-1, 5)
     index = {"rows": rows, "skipped": merge_skips([skipped, others])}
-    with suppress(OSError):  # without a cache folder, every process scans the shard
+    with suppress(OSError, RuntimeError):  # without a cache folder, every process scans the shard
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = f"{file}.{os.getpid()}.tmp"
         torch.save(index, temporary)
@@ -591,8 +598,8 @@ class Shards(Source):
 def open_shards(paths):
     """-> Shards, skipped members. Raises LoadingError, OSError."""
     counts, skipped, workers = [], [], min(len(paths), cores(16))
-    settings = {"batch_size": None, "collate_fn": summarize_shard, "num_workers": workers}
-    for count, skipped_here in load(paths, **settings):
+    load_index.cache_clear()
+    for count, skipped_here in load(paths, summarize_shard, batch_size=None, num_workers=workers):
         counts.append(count)
         skipped.append(skipped_here)
         if len(counts) % 100 == 0:
@@ -619,9 +626,19 @@ def prepare_worker(worker):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-def load(dataset, **settings):
-    """Yields what a DataLoader yields. Raises LoadingError with one sentence if a worker fails."""
-    loader = DataLoader(dataset, worker_init_fn=prepare_worker, **settings)
+def share(collate, samples):
+    """In a worker, tensors move to shared memory. If /dev/shm is full, this raises here, where the
+    worker's queue would hang."""
+    batch = collate(samples)
+    if get_worker_info():
+        for tensor in filter(torch.is_tensor, batch):
+            tensor.share_memory_()
+    return batch
+
+def load(dataset, collate, **settings):
+    """Yields collate(samples) of each batch. Raises LoadingError if a worker fails."""
+    settings |= {"worker_init_fn": prepare_worker, "collate_fn": partial(share, collate)}
+    loader = DataLoader(dataset, **settings)
     try:
         iterator = iter(loader)
         if loader.num_workers:

@@ -149,7 +149,7 @@ def embed_images(model, images, batch_size=64, workers=0):
     loading = {"batch_size": batch_size, "num_workers": workers}
     rows, good = [], []
     collate = partial(load_images, model.config.image_size)
-    for batch, readable in data.load(images, collate_fn=collate, **loading):
+    for batch, readable in data.load(images, collate, **loading):
         rows.append(model.encode_image(batch[readable].to(model.logit_scale.device)))
         good += readable.tolist()
     if not any(good):
@@ -261,10 +261,11 @@ def class_folders(folder, classnames=None, templates=None):
     names = data.read_lines(classnames) if classnames else names
     templates = data.read_lines(templates) if templates else PROMPTS
     empty = [name for name in folders if not images[name]]
-    if empty or len(folders) < 2 or len(set(names)) < len(names) or len(names) != len(folders):
-        raise ValueError(f"{folder} has {len(folders)} class folders, of which without images: "
-                         f"{empty[:3]}; there are {len(names)} names, {len(set(names))} different: "
-                         f"{names[:3]}; skipped: {data.describe(skipped)}")
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if empty or repeated or len(folders) < 2 or len(names) != len(folders):
+        raise ValueError(f"{len(folders)} class folders in {folder} (without images: {empty[:3]}), "
+                         f"{len(names)} names in {classnames} (repeated: {repeated[:3]}); "
+                         f"skipped: {data.describe(skipped)}")
     if not templates or not all("{}" in template for template in templates):
         raise ValueError("templates are missing, or one of them has no {} for the class name")
     print0(f"class folder {folders[0]} is {names[0]!r}, ..., {folders[-1]} is {names[-1]!r}")
@@ -340,13 +341,14 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None):
         args = sys.argv[1:] if args is None else args
-        return super().parse_args([re.sub(r"^--(?!no-)[\w-]+", underscores, arg) for arg in args])
+        return super().parse_args([re.sub(r"^--(no-)?[\w-]+", underscores, arg) for arg in args])
 
     def error(self, message):
         end(f"{self.prog}: {message}")
 
 def underscores(flag):
-    return "--" + flag[0][2:].replace("-", "_")
+    start = f"--{flag[1] or ''}"
+    return start + flag[0][len(start) :].replace("-", "_")
 
 NEEDS = {"classnames": "classification", "templates": "classification", "captions": "traverse",
          "traverse": "captions", "min_radius": "traverse", "retrieval": "images",
@@ -380,8 +382,8 @@ def parse_args(argv=None):
         parser.error("--val_data is a separate task; remove --retrieval and --classification")
     if args.batch_size < 1 or args.workers < 0 or not 0 <= (args.min_radius or 0) < math.inf:
         parser.error("--batch_size must be at least 1, --workers and --min_radius at least 0")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        parser.error(f"--json {args.json} is in a folder that does not exist")
+    if args.json and (os.path.isdir(args.json) or not Path(args.json).absolute().parent.is_dir()):
+        parser.error(f"--json {args.json} is a folder, or in a folder that does not exist")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         parser.error("one process evaluates; start it without torchrun")
     return args
@@ -417,8 +419,6 @@ def run(args):
 
 def main():
     args = parse_args()
-    with suppress(AttributeError):  # stdout of a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     try:
         device = pick_device(args.device).type
         with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):

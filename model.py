@@ -16,6 +16,7 @@ D width of the embeddings.
 
 import math
 import os
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -226,8 +227,8 @@ class CLIP(nn.Module):
         """images (N, 3, H, W), uint8 or already normalised floats -> embeddings (N, D). Raises
         ValueError for other sizes, and for floats that cannot have been normalised."""
         size = self.config.image_size
-        if images.shape[1:] != (3, size, size):
-            raise ValueError(f"images must be (N, 3, {size}, {size}), not {tuple(images.shape)}")
+        if not torch.is_tensor(images) or images.shape[1:] != (3, size, size):
+            raise ValueError(f"images must be a tensor (N, 3, {size}, {size}), see data.load_image")
         if images.dtype == torch.uint8:
             mean = self.logit_scale.new_tensor(IMAGE_MEAN).view(3, 1, 1)
             std = self.logit_scale.new_tensor(IMAGE_STD).view(3, 1, 1)
@@ -385,4 +386,5 @@ def load_model(path):
     return model.eval()
 
 def describe_error(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+    text = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split())  # torch prints words in bold
+    return f"{type(error).__name__}: {text.partition('. ')[0]:.300}"  # and then gives advice

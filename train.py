@@ -23,7 +23,6 @@ import json
 import math
 import re
 import signal
-import sys
 import textwrap
 import time
 from collections import Counter
@@ -240,7 +239,7 @@ def train(c, checkpoint):
         parts, newly_skipped = batch
         for kind, (number, name) in newly_skipped.items():
             if kind not in skipped:
-                print0(f"skipping {name}: {kind}")
+                data.say(f"skipping {name}: {kind}")
             skipped[kind] += number
         if len(parts) == 1:
             with autocast:
@@ -371,7 +370,7 @@ def join_processes(name):
         torch.cuda.set_device(device)  # so that it allocates on no other GPU
     if local == "0":
         place = ":".join(os.environ.get(f"MASTER_{part}", "?") for part in ("ADDR", "PORT"))
-        print(f"waiting for {os.environ.get('WORLD_SIZE')} processes at {place}", flush=True)
+        data.say(f"waiting for {os.environ.get('WORLD_SIZE')} processes at {place}")
     # The timeout is a day, because process 0 may evaluate for hours while the others wait. If a
     # process fails, torchrun ends the others.
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
@@ -485,14 +484,16 @@ def report(log, step, steps, values, text):
     if rank() == 0:
         log.write(json.dumps({"step": step} | values).encode() + b"\n")
         log.flush()
-        print0(f"step {step:{len(str(steps))}}/{steps}  {text}")
+        line = f"step {step:{len(str(steps))}}/{steps}  {text}"
+        print0(textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False))
 
 def describe_step(values, cones, seconds_left):
     text = f"loss {values['loss']:.4g}"
     if cones:
         text += f"  entailment {values['entailment']:.2f}  in cone {values['in_cone']:.0%}"
-    text += f"  lr {values['lr']:.2e}  {values['samples_per_second']:,.0f} samples/s"
-    text += f"  {datetime.timedelta(seconds=int(seconds_left))} left"
+    minutes, seconds = divmod(int(seconds_left), 60)
+    left = f"{minutes}:{seconds:02}" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}"
+    text += f"  lr {values['lr']:.1e}  {values['samples_per_second']:,.0f} samples/s  {left} left"
     return text + (f"  skipped {values['skipped']}" if values["skipped"] else "")
 
 def evaluate_held_out(model, held_out, workers):
@@ -511,8 +512,6 @@ def evaluate_held_out(model, held_out, workers):
 
 @record  # lets torchrun show the traceback of the first process that fails
 def main():
-    with suppress(AttributeError):  # stdout of a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     try:
         train(*parse_args())
     except (ValueError, OSError, dist.DistError) as error:  # errors the user can fix

@@ -1,7 +1,10 @@
-"""Where the time goes, as ratios: python tests/bench.py [loss steps pictures evaluate threads ...]
+"""How fast is it? Most parts compare two programs and print the ratio of their times.
 
-Machines differ and are noisy, so both sides of every comparison run in turns in one process, and
-the ratio of their medians counts. Without a name all parts run but `memory`, of many minutes.
+    python -m lab.bench                # all parts but memory, which takes many minutes
+    python -m lab.bench loss gpu       # loss steps images evaluate threads gather memory gpu
+
+Machines differ and are noisy, so both sides of a comparison run in turns in one process, and the
+ratio of their medians counts. The part `gpu` measures training steps; on a CPU, with small sizes.
 """
 
 import io
@@ -11,23 +14,25 @@ import random
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
 
+import evaluate  # before torch: it sets an environment variable that torch reads
 import numpy as np
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
-import evaluate  # sets the environment that torch reads
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from geometry import GEOMETRIES
+from lab import shapes
 from model import CLIP, PRESETS, Config, pack_tokens
 
+ROOT = Path(__file__).resolve().parents[1]
 DEVICE = evaluate.pick_device()
 GPU = DEVICE.type == "cuda"
 
@@ -49,7 +54,7 @@ def seconds(*functions, repeats=5):
 
 
 # ------------------------------------------------------------------------------------------------
-# the loss, beside the formulas as papers print them, in float64
+# the loss, beside the textbook formulas in float64
 
 
 def lift(v, curv):
@@ -98,7 +103,8 @@ def bench_loss(N=8192 if GPU else 2048, D=512):
                 return textbook(name, logit, a, b, curv.double())
 
             fast, slow = seconds(step(ours), step(theirs))
-            print(f"{name + '/' + logit:22} {1e3 * fast:6.0f} ms  {slow / fast:5.2f} times as fast")
+            label = f"{name}/{logit}"
+            print(f"{label:22} {1e3 * fast:6.0f} ms  {slow / fast:5.2f} times as fast")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -139,11 +145,11 @@ def bench_steps():
 
 
 # ------------------------------------------------------------------------------------------------
-# pictures
+# images
 
 
 def photo_like(w, h, seed):
-    """Noise in octaves, less of it in colour than in brightness, as in photographs."""
+    """Noise in octaves, weaker in colour than in brightness, as in photographs -> JPEG bytes."""
     rng, canvas = np.random.default_rng(seed), np.full((h, w, 3), 128.0)
     for octave in range(8):
         for weights in ([1, 1, 1], [0.2, 0, -0.2]):
@@ -156,7 +162,7 @@ def photo_like(w, h, seed):
     return buffer.getvalue()
 
 
-def bench_pictures(count=20):
+def bench_images(count=20):
     print("\ntraining crop to 224: beside decode, crop, resize")
     for w, h in ((640, 427), (640, 480), (1024, 768)):
         jpegs = [photo_like(w, h, seed) for seed in range(count)]
@@ -172,11 +178,11 @@ def bench_pictures(count=20):
                 data.load_training_crop(jpeg, 224, 0.9, random.Random(i))
 
         fast, slow = seconds(ours, plain)
-        print(f"{w}x{h}: {count / fast:5.0f} pictures/s, {slow / fast:5.2f} times as fast")
+        print(f"{w}x{h}: {count / fast:5.0f} images/s, {slow / fast:5.2f} times as fast")
 
 
 def bench_evaluate(count=256):
-    print("\nembedding pictures of 640x480: loading processes beside a plain loop")
+    print("\nembedding images of 640x480: loading workers beside a plain loop")
     jpegs = [photo_like(640, 480, seed) for seed in range(8)] * (count // 8)
     for name in ("tiny", "ViT-B-32"):
         model = CLIP(Config(**PRESETS[name])).to(DEVICE).eval()
@@ -191,15 +197,15 @@ def bench_evaluate(count=256):
             evaluate.embed_images(model, jpegs, workers=data.cores())
 
         fast, slow = seconds(ours, plain, repeats=3)
-        print(f"{name:9} {count / fast:5.0f} pictures/s, {slow / fast:5.2f} times as fast")
+        print(f"{name:9} {count / fast:5.0f} images/s, {slow / fast:5.2f} times as fast")
 
 
 # ------------------------------------------------------------------------------------------------
 # whole trainings
 
 
-def train(folder, *flags, **env):
-    """A training as a program; yields its step lines."""
+def run_train(folder, *flags, **env):
+    """Run train.py as a program -> yields (process, line) for the reports of steps."""
     command = [sys.executable, ROOT / "train.py", "--out_dir", folder, *flags]
     env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", *env)} | env
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
@@ -211,10 +217,10 @@ def train(folder, *flags, **env):
 
 def bench_threads(samples=3200, rounds=3):
     print(f"\n{samples} samples of the quick start, beside two busy loops (GNU's own: 300000)")
-    cases = {"as it is": {}, "GOMP_SPINCOUNT=300000": {"GOMP_SPINCOUNT": "300000"},
-             "one thread": {"OMP_NUM_THREADS": "1"}}  # fmt: skip
+    cases = {"default": {}, "GOMP_SPINCOUNT=300000": {"GOMP_SPINCOUNT": "300000"},
+             "one thread": {"OMP_NUM_THREADS": "1"}}
     flags = ["--samples", str(samples), "--eval_every", "100000", "--save_every", "100000",
-             "--log_every", "1", "--workers", "0", "--device", "cpu"]  # fmt: skip
+             "--log_every", "1", "--workers", "0", "--device", "cpu"]
     loop = "import time\nend = time.time() + 600\nwhile time.time() < end: 1"
     busy = [sys.executable, "-c", loop]
     times = {}
@@ -223,7 +229,7 @@ def bench_threads(samples=3200, rounds=3):
             others = [subprocess.Popen(busy) for _ in range(loops)]
             for name, env in cases.items():
                 with tempfile.TemporaryDirectory() as folder:
-                    lines = train(folder, *flags, **env)
+                    lines = run_train(folder, *flags, **env)
                     next(lines)
                     start = time.perf_counter()
                     for _ in lines:
@@ -271,34 +277,129 @@ def bench_gather():
         subprocess.run(command, stderr=subprocess.DEVNULL)
 
 
+def write_shard(path, samples):
+    """[(JPEG bytes, caption)] -> a tar shard; returns its path as a string."""
+    with tarfile.open(path, "w") as tar:
+        for i, (jpeg, caption) in enumerate(samples):
+            for name, content in ((f"{i}.jpg", jpeg), (f"{i}.txt", caption.encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
 def bench_memory(steps=2000):
-    print("\nresident memory, MB, after steps 50, 500, 2000")
+    print("\nresident memory, MB, after steps 60, 500, 2000")
+    jpegs = [photo_like(320, 240, seed) for seed in range(8)]
+    toy_world = shapes.Shapes()
+    samples = [(jpegs[i % 8], toy_world[i][1]) for i in range(2000)]
     for batch in (128, 256):
         with tempfile.TemporaryDirectory() as folder:
-            jpegs = [photo_like(320, 240, seed) for seed in range(8)]
-            rng, members = random.Random(0), []
-            for i in range(2000):
-                caption = data.draw_sample(rng, 16)[1]
-                members += [(f"{i}.jpg", jpegs[i % 8]), (f"{i}.txt", caption.encode())]
-            from common import write_tar
-
-            shard = write_tar(Path(folder, "0.tar"), members)
+            shard = write_shard(Path(folder, "0.tar"), samples)
             for source in ("shapes", shard):
-                samples = str(batch * steps)
-                flags = ["--data", source, "--batch_size", str(batch), "--samples", samples,
-                         "--log_every", "50", "--eval_every", "100000"]  # fmt: skip
+                out = Path(folder, f"out_{Path(source).stem}")
+                flags = ["--data", source, "--batch_size", str(batch), "--samples",
+                         str(batch * steps), "--log_every", "20", "--eval_every", "100000"]
                 seen = []
-                for process, line in train(Path(folder, f"out_{Path(source).stem}"), *flags):
-                    if line.split("/")[0] in ("step 50", "step 500", "step 2000"):
+                for process, line in run_train(out, *flags):
+                    if line.split("/")[0].split() in (["step", "60"], ["step", "500"],
+                                                      ["step", "2000"]):
                         status = Path(f"/proc/{process.pid}/status").read_text()
                         seen.append(int(status.split("VmRSS:")[1].split()[0]) // 1024)
                 grown = seen[-1] / seen[0]
                 print(f"{Path(source).name:8} batch {batch}: {seen}, {grown:.2f} times")
 
 
+# ------------------------------------------------------------------------------------------------
+# training steps of the paper's models
+
+# FLOP/s of bfloat16 without sparsity, from NVIDIA's data sheets; the first name that fits counts
+PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+COUNTED = 4  # samples whose operations are counted; the memory suffices for them without fusion
+
+
+def count_flops(model, batch):
+    """Floating-point operations of a forward and backward pass. Attention is counted as matrix
+    products: fused kernels are not counted on a CPU, and with their recomputation on a GPU."""
+    counter = FlopCounterMode(display=False)
+    precision = torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU)
+    with counter, precision, sdpa_kernel(SDPBackend.MATH):
+        model.loss(*model(*batch))["loss"].backward()
+    model.zero_grad()
+    return counter.get_total_flops()
+
+
+def training_step(model):
+    """-> function of a batch that does what a step of train.py does."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step(images, tokens):
+        index = pack_tokens(tokens, model.config.vocab_size)
+        batch = [x.to(DEVICE, non_blocking=True) for x in (images, tokens, index)]
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
+            outputs = model(*batch)
+        model.loss(*outputs)["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.clamp_scalars()
+
+    return step
+
+
+def bench_gpu():
+    """The same batch again and again (resident), then batches of the loader from tar shards."""
+    name = torch.cuda.get_device_name() if GPU else "cpu"
+    peak = next((flops for card, flops in PEAKS.items() if card in name), None)
+    print("\ntraining steps: a resident batch, and batches of the loader from tar shards")
+    print(f"peak: {peak / 1e12:.0f} TFLOP/s" if peak else f"the peak of {name} is not known")
+    print("model     batch  samples/s  TFLOP/s  of peak  peak GiB  loss  | loaded samples/s")
+    jpegs = [photo_like(640, 480, seed) for seed in range(64 if GPU else 4)]
+    cases = [("ViT-B-32", 1024), ("ViT-B-16", 512)] if GPU else [("tiny", 32), ("ViT-B-32", 4)]
+    steps = 20 if GPU else 1
+    with tempfile.TemporaryDirectory() as folder:
+        samples = [(jpegs[i % len(jpegs)], f"a photo {i:04}") for i in range(8192 if GPU else 64)]
+        source, _ = data.open_source(write_shard(Path(folder, "0.tar"), samples))
+        for name, N in cases:
+            torch.manual_seed(0)
+            model = CLIP(Config(**PRESETS[name], tokenizer="bytes", vocab_size=258)).to(DEVICE)
+            batches = data.batches(source, model.config, N, workers=data.cores() if GPU else 0,
+                                   pin_memory=GPU)
+            images, tokens, _ = next(batches)
+            resident = images.to(DEVICE), tokens.to(DEVICE)
+            few = [x[:COUNTED].to(DEVICE) for x in (images, tokens)]
+            index = pack_tokens(tokens[:COUNTED], 258).to(DEVICE)
+            flops = N / COUNTED * count_flops(model, (*few, index))
+            if GPU:
+                model.compile()
+                model.loss = torch.compile(model.loss)
+                torch.cuda.reset_peak_memory_stats()
+            step = training_step(model)
+            vectors = [torch.randn(N, model.config.embed_dim, device=DEVICE) for _ in range(2)]
+            vectors = [x.requires_grad_() for x in vectors]
+            scalars = model.scalars().detach().requires_grad_()
+
+            def several(batches):
+                for images, tokens in batches:
+                    step(images, tokens)
+
+            def loss():
+                for _ in range(steps):
+                    model.loss(*vectors, scalars)["loss"].backward()
+
+            def loaded():
+                several(next(batches)[:2] for _ in range(steps))
+
+            times = seconds(lambda: several([resident] * steps), loss, loaded, repeats=3)
+            once, loss_time, from_loader = (t / steps for t in times)
+            memory = torch.cuda.max_memory_allocated() / 2**30 if GPU else 0
+            share = f"{flops / once / peak:7.1%}" if peak else "      -"
+            print(f"{name:9} {N:5}  {N / once:9,.1f}  {flops / once / 1e12:7.3f}  {share}  "
+                  f"{memory:8.1f} {loss_time / once:6.1%} | {N / from_loader:,.1f}")
+
+
 if __name__ == "__main__":
     where = torch.cuda.get_device_name() if GPU else f"{platform.machine()}, {os.cpu_count()} cores"
     print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads")
-    parts = ["loss", "steps", "pictures", "evaluate", "threads", "gather"]
-    for name in sys.argv[1:] or parts:
-        globals()[f"bench_{name}"]()
+    for part in sys.argv[1:] or ["loss", "steps", "images", "evaluate", "threads", "gather", "gpu"]:
+        globals()[f"bench_{part}"]()

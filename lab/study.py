@@ -1,10 +1,11 @@
-"""The study: geometries, logits, final LayerNorms and cones on the built-in shapes, by seeds.
+"""The study: geometries, logits, final LayerNorms and cones on the toy world, over several seeds.
 
-    python tests/study.py                                          # out_study/, assets/results.md
-    python tests/study.py --samples 9_000 --seeds 2 --out out_try  # all of it in out_try/
+    python -m lab.study                                          # out_study/, lab/results.md
+    python -m lab.study --samples 9_000 --seeds 2 --out out_try  # everything in out_try/
 
-Runs are those of train.py, one thread each, as many at once as there are cores. What is done is
-skipped, so the study can be interrupted and called again. Results: README, and assets/results.md.
+Every run is a run of train.py with one thread; as many run at once as there are cores. Finished
+runs are skipped, so an interrupted study continues when it is started again. README has the
+results, and lab/results.md all numbers.
 """
 
 import argparse
@@ -21,18 +22,18 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 import evaluate
-from assets import figures
 from geometry import GEOMETRIES
+from lab import figures, hierarchy
 
-CODE = ("geometry.py", "model.py", "data.py", "evaluate.py", "train.py")
+ROOT = Path(__file__).resolve().parents[1]
+CODE = ("geometry.py", "model.py", "data.py", "evaluate.py", "train.py", "lab/shapes.py",
+        "lab/hierarchy.py")
 OUT, SAMPLES, SEEDS, FEWER = ROOT / "out_study", 90_000, 10, 4
 COMMON = ["--batch_size", 128, "--lr", 3e-3, "--device", "cpu", "--workers", 0]
 DEFAULT = {g: f"{g}-{geometry.logits[0]}" for g, geometry in GEOMETRIES.items()}
 WITH_CONES = {g: f"{DEFAULT[g]}-0.2" for g, geometry in GEOMETRIES.items() if geometry.cones}
-WIDER = (  # cones: run, K, more flags
+WIDER = (  # runs with wider cones: the run without, K, other flags
     ("euclidean-squared-0.2", "0.3", ()),
     ("euclidean-squared-0.2", "0.3", ("--final_min_radius", "0.1")),
     ("euclidean-squared-0.2", "0.6", ()),
@@ -41,8 +42,8 @@ WIDER = (  # cones: run, K, more flags
 
 
 def runs():
-    """-> {name: (seeds, flags)}. 0.2 is lambda, the weight of the entailment loss; ln and no_ln are
-    the choice of final LayerNorms that is not the geometry's own."""
+    """-> {name: (number of seeds, flags)}. In a name, 0.2 is lambda, the weight of the entailment
+    loss. The names ln and no_ln mark the final LayerNorms that are not the geometry's default."""
     table = {}
     for g, geometry in GEOMETRIES.items():
         for logit in geometry.logits:
@@ -59,22 +60,24 @@ def runs():
 
 
 def refuse_to_mix(out, samples):
-    """A digest of all that decides what comes out, code and flags, stands beside the runs."""
+    """Store a digest of everything that decides the results, code and flags, beside the runs. End
+    the program if runs of another digest are there."""
     code = b"".join((ROOT / name).read_bytes() for name in CODE)
     mine = hashlib.sha256(code + json.dumps([samples, COMMON, runs()]).encode()).hexdigest()
     if not (out / "digest").exists():
         (out / "digest").write_text(mine)
     if (out / "digest").read_text() != mine:
-        sys.exit(f"{out} holds a study of other code or flags: choose another --out, or remove it")
+        sys.exit(f"{out} contains runs of other code or flags; choose another --out or remove it")
 
 
 def call(command, log):
-    """A program on one thread. A failure is told and does not stop the others."""
+    """Run a program with one thread. A failure is reported and does not stop the other runs."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(log, "w") as file:
         command = [sys.executable, *map(str, command)]
         code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, env=env).returncode
-    print(f"{log.parent.name}: {log.stem} {f'failed, see {log}' if code else 'ended'}", flush=True)
+    result = f"failed, see {log}" if code else "ended"
+    print(f"{log.parent.name}: {log.stem} {result}", flush=True)
 
 
 def is_trained(folder, samples):
@@ -85,7 +88,7 @@ def is_trained(folder, samples):
 
 
 def one(folder, flags, seed, samples):
-    """Train and evaluate one run, unless it is done."""
+    """Train and evaluate one run, unless its results exist."""
     result, evaluated = folder / "result.json", folder / "evaluate.json"
     if result.exists():
         return
@@ -100,6 +103,8 @@ def one(folder, flags, seed, samples):
     refuse_to_mix(folder.parent, samples)  # has the code changed in the meantime?
     if evaluated.exists():
         metrics, subject = json.loads(evaluated.read_text()), figures.Subject(folder / "ckpt.pt")
+        texts = subject.texts[torch.tensor(subject.chains)].transpose(0, 1)  # (L, N, D)
+        metrics["hierarchy"] = hierarchy.hierarchy_metrics(subject.model, subject.images, texts)
         metrics["traversal"] = traversal_metrics(subject)
         K = evaluate.last_min_radius(subject.model)
         if K is not None:
@@ -108,50 +113,54 @@ def one(folder, flags, seed, samples):
 
 
 def traversal_metrics(subject, min_radius=None):
-    """captions: mean number on a way; changes: from a caption to the next, on all ways together;
-    to_general, to_specific: fractions of these by level. The root does not count."""
-    texts, level, captions, changes = subject.texts, {}, 0, []
+    """-> dict of captions: mean number per path; transitions: how many lead from a caption
+    to the next, over all paths; to_general, to_specific: fractions of these that lead to a more
+    general or more specific level. The root does not count."""
+    texts, level, captions, transitions = subject.texts, {}, 0, []
     for chain in subject.chains:
         level |= {text: i for i, text in enumerate(chain)}
-    for way in evaluate.traverse(subject.model, subject.images, texts, min_radius):
-        levels = [level[text] for _, text in way if text < len(texts)]
+    for path in evaluate.traverse(subject.model, subject.images, texts, min_radius):
+        levels = [level[text] for _, text in path if text < len(texts)]
         captions += len(levels)
-        changes += [b - a for a, b in zip(levels, levels[1:])]
-    n = len(changes)
-    return {"captions": captions / len(subject.images), "changes": n,
-            "to_general": sum(c < 0 for c in changes) / n if n else None,
-            "to_specific": sum(c > 0 for c in changes) / n if n else None}  # fmt: skip
+        transitions += [b - a for a, b in zip(levels, levels[1:])]
+    metrics = {"captions": captions / len(subject.images), "transitions": len(transitions),
+               "to_general": None, "to_specific": None}
+    if transitions:
+        metrics["to_general"] = sum(step < 0 for step in transitions) / len(transitions)
+        metrics["to_specific"] = sum(step > 0 for step in transitions) / len(transitions)
+    return metrics
 
 
 # ------------------------------------------------------------------------------------------------
-# what came out
+# the tables
 
-R1 = ("retrieval.mean_r1", 100, 1)  # where a result has it, factor, digits
+R1 = ("retrieval.mean_r1", 100, 1)  # place in the results, factor, digits
 TOP1 = ("zero_shot.top1", 100, 1)
 GENERAL = ("hierarchy.general_nearer", 100, 1)
 TABLES = {
     "accuracy and radius": {
         "top-1 %": TOP1, "R@1 %": R1, "general nearer the root %": GENERAL,
-        "radius of text, training": ("log.text_radius", 1, 2),
-        "of image, training": ("log.image_radius", 1, 2),
-        "radius of text, held out": ("hierarchy.text_radius.4", 1, 2),
-        "of image, held out": ("hierarchy.image_radius", 1, 2)},
-    "radius of held-out captions by their level": {
+        "text radius, training": ("log.text_radius", 1, 2),
+        "image radius, training": ("log.image_radius", 1, 2),
+        "text radius, held out": ("hierarchy.text_radius.4", 1, 2),
+        "image radius, held out": ("hierarchy.image_radius", 1, 2)},
+    "radius of held-out captions by level": {
         f"level {i + 1}": (f"hierarchy.text_radius.{i}", 1, 2) for i in range(5)},
-    "cones and ways to the root": {
+    "cones and paths to the root": {
         "in its caption's cone %, training": ("log.in_cone", 100, 1),
-        "held out": ("hierarchy.own_in_cone.4", 100, 1),
-        "in another caption's %": ("hierarchy.other_in_cone.4", 100, 1),
-        "captions on the way": ("traversal.captions", 1, 2),
-        "changes": ("traversal.changes", 1, 0),
+        "in its caption's cone %, held out": ("hierarchy.own_in_cone.4", 100, 1),
+        "in another caption's cone %": ("hierarchy.other_in_cone.4", 100, 1),
+        "captions per path": ("traversal.captions", 1, 2),
+        "transitions": ("traversal.transitions", 1, 0),
         "to general %": ("traversal.to_general", 100, 1),
         "to specific %": ("traversal.to_specific", 100, 1),
         "with cones: captions": ("traversal_in_cones.captions", 1, 2),
-        "with cones: changes": ("traversal_in_cones.changes", 1, 0),
+        "with cones: transitions": ("traversal_in_cones.transitions", 1, 0),
         "with cones: to general %": ("traversal_in_cones.to_general", 100, 1),
         "with cones: to specific %": ("traversal_in_cones.to_specific", 100, 1)},
-}  # fmt: skip
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, for 2 to 10
+}
+# 97.5 % quantiles of Student's t distribution for 2 to 10 seeds
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def log_of(folder):
@@ -159,7 +168,7 @@ def log_of(folder):
 
 
 def finished(out, seeds):
-    """-> {name: {seed: its results, and as `log` the last report of its training}}."""
+    """-> {name: {seed: results}}; "log" in the results is the last report of the training."""
     found = {}
     for name, (most, _) in runs().items():
         for seed in range(min(seeds, most)):
@@ -172,7 +181,7 @@ def finished(out, seeds):
 
 
 def look_up(result, path):
-    """"a.b.1" in {"a": {"b": [5, 6]}} -> 6; None where a geometry does not have it."""
+    """{"a": {"b": [5, 6]}}, "a.b.1" -> 6; None if a geometry does not have this metric."""
     for name in path.split("."):
         if result is None:
             return None
@@ -181,7 +190,7 @@ def look_up(result, path):
 
 
 def mean_and_deviation(results, path, factor, digits):
-    """"mean ± standard deviation" of the seeds for which it is defined."""
+    """-> "mean ± standard deviation" over the seeds for which the metric is defined."""
     values = [look_up(result, path) for result in results.values()]
     values = [factor * value for value in values if value is not None]
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
@@ -189,7 +198,7 @@ def mean_and_deviation(results, path, factor, digits):
 
 
 def difference(a, b, path, factor, digits):
-    """Run a minus run b, seed by seed: "mean ± half of the 95 % interval" by Student's t."""
+    """Run a minus run b, seed by seed -> "mean ± half of the 95 % interval" (Student's t)."""
     d = [factor * (look_up(a[seed], path) - look_up(b[seed], path)) for seed in a if seed in b]
     if len(d) < 2:
         return ""
@@ -203,8 +212,8 @@ def markdown(title, heads, rows):
 
 
 def comparisons():
-    """-> pairs of names: of geometries, also with the same LayerNorms; then each run and the one
-    from which it differs in one flag."""
+    """-> pairs of names: first the geometries, also with the same LayerNorms, then each run beside
+    the one that differs in a single flag."""
     clip, flat, curved = (DEFAULT[g] for g in ("clip", "euclidean", "hyperbolic"))
     pairs = [(flat, clip), (curved, clip), (flat, curved), (f"{flat}-0.2", clip),
              (f"{curved}-0.2", clip), ("euclidean-ln", clip), ("euclidean-ln", curved),
@@ -214,14 +223,16 @@ def comparisons():
         geometry, _, *more = name.split("-")
         simpler = name.rpartition("-")[0] if more else DEFAULT[geometry]
         pairs += [(name, simpler)] if simpler != name else []
-    return pairs  # fmt: skip
+    return pairs
 
 
 def report(found, samples):
-    parts = [f"Written by tests/study.py: {samples:,} samples a run, torch {torch.__version__}. "
-             "0.2: lambda; K: min_radius, 0.1 if not named, falling: to 0.1; ln, no_ln: the other "
-             "choice of final LayerNorms. Captions are met on the way from a picture to the root; "
-             "changes: from one to the next, of all pictures."]  # fmt: skip
+    parts = [f"Written by lab/study.py: {samples:,} samples per run, torch {torch.__version__}. "
+             "In the names of runs, 0.2 is lambda; K is min_radius, 0.1 if not named; falling: K "
+             "falls to 0.1; ln, no_ln: the final LayerNorms are not the geometry's default. A "
+             "radius is a distance from the root; CLIP's is (1 - cos) / 2. Paths lead from an "
+             "image to the root; a transition leads from one caption to the next. Transitions are "
+             "counted over all images."]
     for title, columns in TABLES.items():
         rows = []
         for name, results in found.items():
@@ -248,7 +259,7 @@ def report(found, samples):
 
 
 def draw(out, found, path):
-    """Distances from the root in the first seed; in the second row with entailment loss."""
+    """Distances from the root in the first seed; the second row is with entailment loss."""
     by_cones = sorted(GEOMETRIES, key=lambda g: g not in WITH_CONES)  # the sphere comes last
     subjects = []
     for name in (*(DEFAULT[g] for g in by_cones), *WITH_CONES.values()):
@@ -258,10 +269,10 @@ def draw(out, found, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=OUT, help="for the runs")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the runs")
     parser.add_argument("--samples", type=int, default=SAMPLES)
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="at most")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="largest number of seeds")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of runs at once")
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -281,12 +292,12 @@ def main():
     try:
         for run in waiting:
             run.result()
-    except KeyboardInterrupt:  # the runs got it as well, and save
-        sys.exit("interrupted; the same command goes on")
+    except KeyboardInterrupt:  # the runs receive it as well, and save their checkpoints
+        sys.exit("interrupted; the same command resumes the study")
     finally:
         pool.shutdown(cancel_futures=True)
     default = (args.out, args.samples, args.seeds) == (OUT, SAMPLES, SEEDS)
-    found, folder = finished(out, args.seeds), ROOT / "assets" if default else out
+    found, folder = finished(out, args.seeds), ROOT / "lab" if default else out
     (folder / "results.md").write_text(report(found, args.samples))
     if {*DEFAULT.values(), *WITH_CONES.values()} <= set(found):
         draw(out, found, folder / "distances.png")

@@ -2,11 +2,14 @@
 
 import io
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,14 +23,15 @@ sys.path.insert(0, str(ROOT))
 
 import data
 import train
+from lab import shapes
 from model import CLIP, Config
 
 SMALL = Config(
     image_size=16, patch_size=8, vision_width=64, vision_layers=2, text_width=64, text_layers=2,
     embed_dim=32, context_length=24, vision_heads=2, text_heads=2,
-)  # fmt: skip
+)
 SHORT = ["--samples", "64", "--batch_size", "8", "--log_every", "1", "--save_every", "4",
-         "--eval_every", "1000", "--workers", "0", "--device", "cpu"]  # 8 steps  # fmt: skip
+         "--eval_every", "1000", "--workers", "0", "--device", "cpu"]  # 8 steps
 
 
 def small(geometry="euclidean", seed=0, **changes):
@@ -85,20 +89,104 @@ def write_shard(path, samples):
 
 def in_process(*args):
     """train.py with these flags, in this process. Raises what it raises."""
-    train.train(train.Run(*train.parse_args([str(arg) for arg in args])))
+    train.train(*train.parse_args([str(arg) for arg in args]))
 
 
-def run_train(*args, timeout=200, **env):
-    """train.py with these flags, as a program -> what subprocess.run returns."""
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, args)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(["train"])
+os.environ["PYTHONPATH"] = str(ROOT)
+
+
+def call_main(args, code, env, stdout, stderr):
+    """What the process of a `Program` does."""
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(env)
+    os.dup2(stdout.fileno(), 1)
+    os.dup2(stderr.fileno(), 2)
+    stdout.close()
+    stderr.close()
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.argv = ["train.py", *args]
+    torch.set_num_threads(1)
+    shapes.HELD_OUT = 48
+    exec(code, {"os": os, "signal": signal, "sys": sys, "time": time, "train": train})
+    train.main()
+
+
+class Program:
+    """train.py with these flags in a new process, on one thread, with few held-out shapes. It is a
+    fork of a server that has imported torch, so it starts at once. It first executes `code`."""
+
+    def __init__(self, *args, code="", **env):
+        stdout, child_stdout = FORK_SERVER.Pipe(duplex=False)
+        stderr, child_stderr = FORK_SERVER.Pipe(duplex=False)
+        args = [str(arg) for arg in args], code, os.environ | env, child_stdout, child_stderr
+        self.process = FORK_SERVER.Process(target=call_main, args=args)
+        self.process.start()
+        child_stdout.close()  # so that reading ends when the process does
+        child_stderr.close()
+        self.stdout = os.fdopen(os.dup(stdout.fileno()))
+        self.stderr = os.fdopen(os.dup(stderr.fileno()))
+
+    def send(self, number):
+        """Signal the process, but not its workers."""
+        os.kill(self.process.pid, number)
+
+    def send_to_all(self, number):
+        """Signal the process and its workers, as a terminal does."""
+        os.killpg(self.process.pid, number)
+
+    def finish(self):
+        """Wait for the end -> status (negative: the signal that killed it), stdout, stderr."""
+        stdout, stderr = self.stdout.read(), self.stderr.read()
+        self.process.join()
+        return self.process.exitcode, stdout, stderr
+
+
+@contextmanager
+def running(*args, **options):
+    """A `Program` that is killed at last, with its workers."""
+    program = Program(*args, **options)
+    try:
+        yield program
+    finally:
+        with suppress(ProcessLookupError):
+            program.send_to_all(signal.SIGKILL)
+        program.process.kill()
+        program.process.join()
+
+
+def run_train(*args, **options):
+    """Run a `Program` -> status, stdout, stderr."""
+    with running(*args, **options) as program:
+        return program.finish()
+
+
+def as_rank(rank, port, size=2):
+    """What torchrun tells process `rank` on the only machine -> environment variables."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def two_processes(*args, code=""):
+    """A run that two processes share -> status, stdout, stderr of both."""
+    port = free_port()
+    with running(*args, code=code, **as_rank(0, port)) as first:
+        with running(*args, code=code, **as_rank(1, port)) as second:
+            return first.finish(), second.finish()
 
 
 def torchrun(processes, script, *args, timeout=200, **env):
     """A script under torchrun, one thread each -> what subprocess.run returns."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc_per_node={processes}", str(script), *map(str, args)]  # fmt: skip
+               f"--nproc_per_node={processes}", str(script), *map(str, args)]
     env = os.environ | {"OMP_NUM_THREADS": "1"} | env
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
 
@@ -134,24 +222,9 @@ def some_shards(folder):
     return f"{folder}/{{0..4}}.tar"
 
 
-@contextmanager
-def running(*args):
-    """train.py with these flags, as a program in its own process group, which is killed at last."""
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, args)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, **pipes, env=env, start_new_session=True)
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
 def signal_at(monkeypatch, step, number=signal.SIGTERM, times=1):
-    """The next run in this process that comes to a step gets a signal there."""
-    rate, pending = train.learning_rate, [step]
+    """The next run in this process that comes to a step, counted from 1, gets a signal in it."""
+    rate, pending = train.learning_rate, [step - 1]
 
     def learning_rate(step, *rest):
         if step in pending:
@@ -163,22 +236,20 @@ def signal_at(monkeypatch, step, number=signal.SIGTERM, times=1):
     monkeypatch.setattr(train, "learning_rate", learning_rate)
 
 
-def train_script(path, step, action):
-    """Write train.py with a line of Python that is executed before a step -> its path."""
-    path.write_text(f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train
-from model import rank
-
-rate = train.learning_rate
-
-def learning_rate(step, *rest):
-    if step == {step}:
+def at_step(step, action):
+    """-> Python code that makes train.py execute a statement in a step, counted from 1."""
+    return f"""
+def learning_rate(step, *rest, rate=train.learning_rate):
+    if step + 1 == {step}:
         {action}
     return rate(step, *rest)
 
 train.learning_rate = learning_rate
-train.main()
-""")
+"""
+
+
+def train_script(path, code):
+    """Write a program that executes code before train.py -> its path."""
+    start = f"import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
+    path.write_text(start + code + "train.main()\n")
     return path

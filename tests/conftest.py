@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from common import data
+from common import shapes
 
 
 @pytest.fixture(autouse=True)
@@ -21,13 +21,21 @@ def time_limit(request):
     signal.signal(signal.SIGALRM, previous)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Indices of shards are stored in a temporary folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def few_held_out(monkeypatch):
     """Runs in the test's own process are evaluated on a tenth of the held-out shapes."""
-    monkeypatch.setattr(data, "HELD_OUT", 48)
-    data.held_out_scenes.cache_clear()
+    monkeypatch.setattr(shapes, "HELD_OUT", 48)
+    shapes.held_out_scenes.cache_clear()
     yield
-    data.held_out_scenes.cache_clear()
+    shapes.held_out_scenes.cache_clear()
 
 
 def pytest_configure(config):

@@ -1,4 +1,4 @@
-"""geometry.py: facts checked by hand, points that are equal or in line, the authors' numbers."""
+"""geometry.py: facts checked by hand, coincident and collinear points, the authors' numbers."""
 
 import json
 import math
@@ -14,7 +14,9 @@ from common import small, small_batch
 import geometry
 from geometry import GEOMETRIES
 
-LOGITS = [(name, logit) for name, space in GEOMETRIES.items() for logit in space.logits]
+LOGITS = []
+for name, space in GEOMETRIES.items():
+    LOGITS += [(name, logit) for logit in space.logits]
 METRICS = [pair for pair in LOGITS if pair[1] in ("arc", "distance")]
 CONES = [name for name, space in GEOMETRIES.items() if space.cones]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -54,7 +56,7 @@ def test_three_four_five():
     assert similarity(x, y, "euclidean", "inner").item() == 0
 
 
-def test_hyperbolic_radii_subtract_along_a_ray_and_add_up_through_the_root():
+def test_hyperbolic_radii_subtract_along_a_ray_and_add_through_the_root():
     x, y = points([1, 0]), points([3, 0], [-3, 0])
     torch.testing.assert_close(similarity(x, y, "hyperbolic", curv=0.7), points([-2, -4]))
 
@@ -66,7 +68,7 @@ def test_hyperbolic_pythagoras():
 
 
 def test_the_exponential_map_gives_the_same_hyperbolic_distance():
-    """The textbook's way: both points to the hyperboloid, Lorentz product, acosh."""
+    """The textbook's method: lift both points to the hyperboloid, Lorentz product, acosh."""
     torch.manual_seed(0)
     x, y, c = torch.randn(5, 8).double(), torch.randn(7, 8).double(), 0.6
 
@@ -105,19 +107,19 @@ def test_cones_of_small_curvature_are_flat():
 
 
 @pytest.mark.parametrize("name,sine", [("euclidean", 0.1), ("hyperbolic", 0.2 / math.sinh(1))])
-def test_point_straight_ahead_is_inside_the_cone_and_straight_behind_half_a_turn_off(name, sine):
+def test_point_straight_ahead_is_in_the_cone_and_straight_behind_is_half_a_turn_off(name, sine):
     ahead, behind = outside(points([1, 0]), points([2, 0], [-2, 0]), name).tolist()
     assert ahead == 0 and behind == pytest.approx(math.pi - math.asin(sine))
 
 
-def test_the_exterior_angle_of_a_unit_square_is_a_right_one():
-    """At radius 1 a cone of K = 1/2 is open by 30 degrees."""
+def test_the_exterior_angle_of_a_unit_square_is_a_right_angle():
+    """At radius 1 a cone with K = 1/2 has a half-aperture of 30 degrees."""
     loss = outside(points([1, 0]), points([1, 1]), "euclidean", 0.5).item()
     assert loss == pytest.approx(math.pi / 2 - math.pi / 6)
 
 
 def test_the_cone_at_k_k_is_a_shifted_quadrant():
-    """Figure 1 of the paper: there the half-aperture is 45 degrees."""
+    """EuCLIP, Figure 1: the half-aperture there is 45 degrees."""
     apex = points([0.1, 0.1])
     assert outside(apex, points([0.1, 0.5], [0.5, 0.1], [0.3, 0.2]), "euclidean").max() < 1e-12
     assert outside(apex, points([0.09, 0.5]), "euclidean").item() > 0.01
@@ -131,7 +133,7 @@ def test_the_root_entails_everything(name):
 
 @pytest.mark.parametrize("name", CONES)
 def test_float32_cones_keep_near_duplicates_apart(name):
-    """By 1e-3 rad at radius 2: a haversine that came from a matrix product would be noise."""
+    """They are 1e-3 rad apart at radius 2. A haversine from a matrix product would be noise."""
     text, image = points([2.0, 0.0]), polar_points(2.5, [1e-3])
     exact = outside(text, image, name, 1e-4).item()
     found = outside(text.float(), image.float(), name, 1e-4).item()
@@ -141,7 +143,7 @@ def test_float32_cones_keep_near_duplicates_apart(name):
 # roots, paths, names
 
 
-def test_distance_to_root_is_half_of_one_minus_cosine_on_the_sphere_else_the_length():
+def test_distance_to_root_is_half_of_one_minus_cosine_on_the_sphere_and_the_norm_elsewhere():
     sphere, x = GEOMETRIES["clip"], points([1, 0], [0, 1], [-1, 0])
     assert sphere.distance_to_root(x, points([5, 0])[0]).tolist() == [0, 0.5, 1]
     with pytest.raises(ValueError, match="root"):
@@ -150,7 +152,7 @@ def test_distance_to_root_is_half_of_one_minus_cosine_on_the_sphere_else_the_len
         assert GEOMETRIES[name].distance_to_root(points([3, 4], [0, 0])).tolist() == [5, 0]
 
 
-def test_the_root_is_the_mean_on_the_sphere_else_the_origin():
+def test_the_root_is_the_mean_on_the_sphere_and_the_origin_elsewhere():
     x = points([1, 0], [0, 1])
     assert GEOMETRIES["clip"].root(x).tolist() == [0.5, 0.5]
     for name in CONES:
@@ -158,7 +160,7 @@ def test_the_root_is_the_mean_on_the_sphere_else_the_origin():
 
 
 @pytest.mark.parametrize("name", CONES)
-def test_a_path_goes_straight_to_the_origin_with_both_ends(name):
+def test_a_path_is_straight_and_contains_both_ends(name):
     space, x = GEOMETRIES[name], points([3, 4])
     path = space.path_to_root(x, 5)
     assert path.shape == (5, 1, 2)
@@ -166,14 +168,14 @@ def test_a_path_goes_straight_to_the_origin_with_both_ends(name):
     assert torch.equal(path[0], x)
 
 
-def test_a_path_on_the_sphere_stays_there_and_ends_at_the_direction_of_the_root():
+def test_a_path_on_the_sphere_stays_on_it_and_ends_in_the_direction_of_the_root():
     x = polar_points(1, [0.0])
     path = GEOMETRIES["clip"].path_to_root(x, 3, points([0, 2])[0])[:, 0]
     torch.testing.assert_close(path.norm(dim=-1), torch.ones(3).double())
     torch.testing.assert_close(path[[0, -1]], points([1, 0], [0, 1]))
 
 
-def test_projecting_changes_points_of_the_sphere_only():
+def test_only_the_sphere_projects_points():
     mean = points([1.5, 1.5])
     torch.testing.assert_close(GEOMETRIES["clip"].project(mean), points([0.5**0.5, 0.5**0.5]))
     for name in CONES:
@@ -186,7 +188,7 @@ def test_embeddings_are_unit_vectors_scaled_features_or_tangent_vectors():
         assert GEOMETRIES[name].embed(features, alpha)[0, 0].item() == pytest.approx(first)
 
 
-def test_each_geometry_starts_as_in_the_paper():
+def test_each_geometry_starts_with_the_values_of_the_paper():
     logits = {name: space.find_logit(None) for name, space in GEOMETRIES.items()}
     assert logits == {"clip": "cosine", "euclidean": "squared", "hyperbolic": "distance"}
     final_ln = {name: space.final_ln for name, space in GEOMETRIES.items()}
@@ -195,14 +197,14 @@ def test_each_geometry_starts_as_in_the_paper():
     for name, logit in LOGITS:
         scales = [GEOMETRIES[name].init_logit_scale(logit, cones) for cones in (False, True)]
         assert scales == [0, -1] if logit == "squared" else [math.log(1 / 0.07)] * 2
-    bends = GEOMETRIES["hyperbolic"].learned_scalars(16)
-    assert bends["curvature"] == (0, math.log(0.1), math.log(10))
-    assert bends["alpha_img"] == bends["alpha_txt"] == (-math.log(4), -math.inf, math.inf)
+    learned = GEOMETRIES["hyperbolic"].learned_scalars(16)
+    assert learned["curvature"] == (0, math.log(0.1), math.log(10))
+    assert learned["alpha_img"] == learned["alpha_txt"] == (-math.log(4), -math.inf, math.inf)
     for name in ("clip", "euclidean"):
         assert GEOMETRIES[name].learned_scalars(16) == {}
 
 
-def test_unknown_names_and_cones_of_a_sphere_are_refused():
+def test_unknown_names_and_cones_on_the_sphere_are_refused():
     x = torch.ones(1, 2)
     with pytest.raises(ValueError, match="cosine, arc"):
         similarity(x, x, "clip", "squared")
@@ -212,7 +214,7 @@ def test_unknown_names_and_cones_of_a_sphere_are_refused():
         small("spherical")
 
 
-# the edges: values and gradients where points coincide, or are in line with the root
+# the edges: values and gradients where points coincide or are collinear with the root
 
 
 def degenerate_pairs(dtype):
@@ -226,7 +228,7 @@ def degenerate_pairs(dtype):
         "far": (1e4 * x, 1e4 * x.flip(0)), "far and equal": (1e4 * x, 1e4 * x),
         "far and near": (1e4 * x, x), "tiny": (1e-30 * x, 1e-30 * x.flip(0)),
         "squares underflow": (least * x, least * x.flip(0)),
-    }  # fmt: skip
+    }
 
 
 def leaves(*tensors):
@@ -265,7 +267,7 @@ def test_cones_are_finite_on_every_degenerate_pair(name, dtype):
 @pytest.mark.parametrize("D,bits", [(16, 64), (128, 32), (512, 32)])
 @pytest.mark.parametrize("name,logit", METRICS)
 def test_equal_points_have_distance_zero_and_no_gradient(name, logit, D, bits):
-    """A matrix product leaves rounding errors in place of zeros."""
+    """A matrix product alone would leave rounding errors instead of zeros."""
     torch.manual_seed(0)
     x = F.normalize(torch.randn(1024, D, dtype=getattr(torch, f"float{bits}")), dim=-1)
     x, y = leaves(x, x)
@@ -275,7 +277,7 @@ def test_equal_points_have_distance_zero_and_no_gradient(name, logit, D, bits):
 
 
 @pytest.mark.parametrize("name", CONES)
-def test_squared_distances_of_equal_points_are_rounding_errors_without_gradient(name):
+def test_squared_distances_of_equal_points_are_tiny_and_have_a_tiny_gradient(name):
     x, y = leaves(*[pairs_at(0)[0].float()] * 2)
     own = similarity(x, y, name, "squared").diagonal()
     own.sum().backward()
@@ -300,7 +302,7 @@ def test_no_guard_of_the_cones_hides_nan(name):
     assert not outside(y, y, name).isnan().any()
 
 
-# what the docstring says of float32
+# what the docstring says about float32
 
 
 def pairs_at(angle, D=512):
@@ -312,7 +314,7 @@ def pairs_at(angle, D=512):
 
 
 @pytest.mark.parametrize("name,logit", METRICS)
-def test_float32_takes_directions_within_a_thousandth_for_one_but_sees_twice_as_much(name, logit):
+def test_float32_merges_directions_within_a_thousandth_but_separates_two_thousandths(name, logit):
     seen = []
     for angle in (0.95e-3, 2e-3):
         x, y = pairs_at(angle)
@@ -320,12 +322,20 @@ def test_float32_takes_directions_within_a_thousandth_for_one_but_sees_twice_as_
         torch.testing.assert_close(exact, torch.full_like(exact, -angle), rtol=0.2, atol=0)
         seen.append(similarity(x.float(), y.float(), name, logit).diagonal() / exact)
     below, above = seen
-    assert below.abs().max() < 1e-3  # in hyperbolic space the difference of rounded radii is left
+    assert below.abs().max() < 1e-3  # in hyperbolic space the rounded radii still differ
     assert above.min() > 0.8 and above.max() < 1.2
 
 
+def test_float32_haversines_of_rows_resolve_a_ten_thousandth_of_a_radian():
+    """A matrix product would return 0 or 24 times the exact value, which is 2.5e-9."""
+    x, y = pairs_at(1e-4, D=128)
+    hav, _ = geometry.haversine(x.float(), y.float())
+    exact = math.sin(1e-4 / 2) ** 2
+    assert ((hav - exact).abs() / exact).max() < 5e-4
+
+
 @pytest.mark.parametrize("radius", [1e-3, 1, 1e3])
-def test_float32_takes_flat_points_within_a_thousandth_of_their_radius_for_one(radius):
+def test_float32_merges_flat_points_within_a_thousandth_of_their_radius(radius):
     x = points([radius, 0], dtype=torch.float32)
     y = points([radius, 0.95e-3 * radius], [(1 + 0.95e-3) * radius, 0], dtype=torch.float32)
     assert similarity(x, y, "euclidean", "distance").tolist() == [[0, 0]]
@@ -334,7 +344,7 @@ def test_float32_takes_flat_points_within_a_thousandth_of_their_radius_for_one(r
 
 
 @pytest.mark.parametrize("dtype,cap", [(torch.float32, 40), (torch.float64, 319)])
-def test_hyperbolic_radii_beyond_the_cap_count_as_the_cap_and_have_no_gradient(dtype, cap):
+def test_hyperbolic_radii_beyond_the_cap_equal_the_cap_and_have_no_gradient(dtype, cap):
     x, y = leaves(points([1e4, 0], [cap / 2, 0]).to(dtype), points([-1e4, 0]).to(dtype))
     d = -similarity(x, y, "hyperbolic")
     d.sum().backward()
@@ -349,7 +359,7 @@ def test_hyperbolic_radii_beyond_the_cap_count_as_the_cap_and_have_no_gradient(d
 
 
 class Manhattan(geometry.Geometry):
-    """Distances along streets, and one learned scalar."""
+    """Distances along a grid of streets, and one learned scalar."""
 
     logits = ("distance",)
     final_ln = True
@@ -385,11 +395,11 @@ def test_a_fourth_geometry_is_one_class(monkeypatch):
         model.loss(image, text, scalars, entailment_weight=0.2)
 
 
-# numbers of the authors' code, and of an evaluation of the same formulas to 80 digits
+# results of the authors' code, and of an evaluation of the same formulas to 80 digits
 
 GOLDEN = np.load(Path(__file__).parent / "golden.npz")
 CASES = sorted({key.rsplit("/", 2)[0] for key in GOLDEN.files if not key.startswith("input")})
-CLOSE = [(torch.float64, 1e-11), (torch.float32, 1e-4)]  # of 1 + size
+CLOSE = [(torch.float64, 1e-11), (torch.float32, 1e-4)]  # tolerance relative to 1 + |value|
 
 
 def check_contrastive(raw, name, logit, curv, log_scale, expected, close):
@@ -404,7 +414,7 @@ def check_contrastive(raw, name, logit, curv, log_scale, expected, close):
     loss = (F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)) / 2
     loss.backward()
     compare(expected, close, logits=logits, loss=loss, grad_x=x.grad, grad_y=y.grad,
-            grad_log_scale=log_scale.grad, grad_log_curv=log_curv.grad)  # fmt: skip
+            grad_log_scale=log_scale.grad, grad_log_curv=log_curv.grad)
 
 
 def check_entailment(raw, name, curv, K, expected, close):
@@ -415,7 +425,7 @@ def check_entailment(raw, name, curv, K, expected, close):
     loss = per_pair.mean()
     loss.backward()
     compare(expected, close, per_pair=per_pair, loss=loss, grad_text=text.grad,
-            grad_image=image.grad, grad_log_curv=log_curv.grad)  # fmt: skip
+            grad_image=image.grad, grad_log_curv=log_curv.grad)
 
 
 def compare(expected, close, **found):
@@ -447,11 +457,11 @@ AUTHORS_NAMES = {
     "euclidean": ("euclidean", "distance"), "euclidean-squared": ("euclidean", "squared"),
     "euclidean-inner": ("euclidean", "inner"), "hyperbolic": ("hyperbolic", "distance"),
     "hyperbolic-squared": ("hyperbolic", "squared"), "hyperbolic-inner": ("hyperbolic", "inner"),
-}  # fmt: skip
+}
 FULL_SET = Path(os.environ.get("GOLDEN_DIR", "-")) / "golden_public.npz"
 
 
-@pytest.mark.skipif(not FULL_SET.exists(), reason="GOLDEN_DIR names no folder of golden vectors")
+@pytest.mark.skipif(not FULL_SET.exists(), reason="GOLDEN_DIR is no folder with golden vectors")
 @pytest.mark.parametrize("close", CLOSE, ids=["float64", "float32"])
 @pytest.mark.parametrize("source", ["golden_public.npz", "truth_public.npz"])
 def test_the_full_set_of_golden_vectors(source, close):
