@@ -355,7 +355,7 @@ NEEDS = {"classnames": "classification", "templates": "classification", "caption
          "images": "retrieval"}
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("checkpoint", help="a checkpoint of train.py or lab/convert.py")
     add("--val_data", metavar="SOURCE", help="data source for retrieval (default: the training's)")

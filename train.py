@@ -293,7 +293,7 @@ RETIRED = ("quick_gelu", "vision_heads", "text_heads")  # flags of older version
 def parse_args(argv=None):
     """-> TrainConfig, and the checkpoint to resume, or {} for a new run. Flags that argv does not
     contain come from the checkpoint. Raises ValueError."""
-    parser = evaluate.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = evaluate.Parser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     for f in fields(TrainConfig):
         group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
         kind = next(t for t in (bool, int, float, str) if f.type in (t, t | None))

@@ -82,7 +82,7 @@ def add_file(tar, name, content):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", nargs="?", default="cifar10", type=Path, help="folder to write")
     parser.add_argument("--archive", type=Path, help="your copy of cifar-10-binary.tar.gz")
     args = parser.parse_args()

@@ -160,7 +160,7 @@ def convert(source, target, geometry=None, logit=None, tokenizer="clip", quick_g
 
 
 def main():
-    parser = evaluate.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = evaluate.Parser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("source", metavar="IN", help="a third-party checkpoint")
     parser.add_argument("target", metavar="OUT", help="the checkpoint to write")
     parser.add_argument("--geometry", help="clip, euclidean or hyperbolic")

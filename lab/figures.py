@@ -460,7 +460,7 @@ def draw_checkpoint(checkpoint, folder, captions_file=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("subject", help="a checkpoint, or the word geometry")
     parser.add_argument("folder", type=Path, help="where the figures are written")
     parser.add_argument("--captions", metavar="FILE", help="candidates of traversal.png")

@@ -69,7 +69,7 @@ def print_table(levels, metrics):
 
 
 def main():
-    parser = evaluate.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = evaluate.Parser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("checkpoint", help="a checkpoint of train.py or lab/convert.py")
     parser.add_argument("--json", metavar="FILE", help="also write the metrics to this file")
     args = parser.parse_args()

@@ -119,7 +119,7 @@ def report(found, samples, official):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("photos", type=Path, help="the folder that lab/cifar10.py has written")
     parser.add_argument("--out", type=Path, default=study.ROOT / "out_photos", help="for the runs")
     parser.add_argument("--samples", type=int, default=SAMPLES)
