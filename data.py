@@ -317,12 +317,16 @@ def clean_captions(captions):
         raise NoCaption
     return captions
 
+SMALL_BYTES = bytes(set(range(16)) - set(b"\r\n"))
+
 def read_captions(place, in_json=False):
     """A .txt (one caption per line) or a .json, see `read_bytes` -> captions. Raises UnicodeError
     for other encodings than UTF-8, and what json raises."""
-    text = read_bytes(place).decode("utf-8-sig")
-    if len(re.findall(r"[\0-\x08\x0e-\x1f]", text)) > len(text) / 4:
-        raise UnicodeError("this is UTF-16 without a byte order mark")
+    raw = read_bytes(place)
+    for half in (raw[::2], raw[1::2]):  # UTF-16 without a mark has small numbers in one half
+        if len(raw) % 2 == 0 and len(half.translate(None, SMALL_BYTES)) < len(half) / 2:
+            raise UnicodeError("this is UTF-16 without a byte order mark")
+    text = raw.decode("utf-8-sig")
     if in_json:
         return json.loads(text)["caption"]
     # str.splitlines would also split a caption at characters like "\x85"
@@ -520,7 +524,9 @@ def expand_shards(source):
     return list(itertools.chain.from_iterable(map(expand_shards, parts)))
 
 OTHER_FILES = {b"PK": "zip archive", b"PAR1": "parquet file", b"\x1f\x8b": "gzip archive",
-               b"{": "JSON file", b"<": "web page", b"\xff\xd8": "JPEG", b"\x89PNG": "PNG"}
+               b"{": "JSON file", b"[": "JSON file", b"<": "web page", b"BZh": "bzip2 archive",
+               b"\xfd7zXZ": "xz archive", b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF",
+               b"BM": "BMP", b"II*": "TIFF", b"MM": "TIFF", b"RIFF": "WEBP"}
 
 def scan_shard(path):
     """Headers of a tar -> {name: (offset, size)}, skipped members. Python's tarfile treats most
@@ -559,6 +565,7 @@ def index_shard(path):
     pairs, others = pair_up(members)
     rows = [(*members[image], *members[text], in_json) for image, text, in_json in pairs]
     rows = torch.tensor(rows, dtype=torch.int64).view(-1, 5)
+    others = {kind: [count, f"{name} in {path}"] for kind, (count, name) in others.items()}
     index = {"rows": rows, "skipped": merge_skips([skipped, others])}
     with suppress(OSError, RuntimeError):  # without a cache folder, every process scans the shard
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -399,11 +399,11 @@ def catch_signals(stop):
     """After the first signal, a run stops after the step. A second Ctrl-C kills it."""
 
     def receive(number, frame):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         if not stop.signal and rank() == 0:
             with suppress(OSError):  # a signal handler cannot use print
                 os.write(2, b"\nstopping after this step; Ctrl-C again ends at once\n")
         stop.signal = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     for number in (getattr(signal, name) for name in data.STOP_SIGNALS):
         with suppress(ValueError):  # only the main thread can receive signals

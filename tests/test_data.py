@@ -19,6 +19,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import zipfile
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -241,14 +242,32 @@ def test_evaluation_crop_is_the_centre_of_the_shorter_side():
     assert (crop[:, :, 3:-3] == torch.tensor([0, 0, 255])[:, None, None]).all()
 
 
-@pytest.mark.parametrize("w,h", [(640, 416), (368, 496), (20, 600)])
-def test_evaluation_crop_is_torchs_antialiased_bicubic_to_one_level(w, h):
-    image, size = photo(w, h), 112
-    shape = size * h // min(w, h), size * w // min(w, h)
-    whole = data.to_tensor(image)[None].float()
-    plain = torch.nn.functional.interpolate(whole, shape, mode="bicubic", antialias=True)[0]
-    top, left = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
-    plain = plain.round().clamp(0, 255)[:, top : top + size, left : left + size]
+def camera_photo(w, h):
+    """Sharp edges between saturated colours, and noise, unlike the smooth `photo`."""
+    rng = np.random.default_rng(0)
+    pixels = np.asarray(photo(w, h), dtype=np.float64).copy()
+    for _ in range(60):
+        x, y = rng.integers(w), rng.integers(h)
+        pixels[y : y + h // 5, x : x + w // 9] = rng.choice([0, 128, 255], 3)
+    pixels += rng.normal(0, 12, pixels.shape)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def torch_resize(image, shape):
+    return torch.nn.functional.interpolate(image, shape, mode="bicubic", antialias=True)
+
+
+@pytest.mark.parametrize("kind", [photo, camera_photo])
+@pytest.mark.parametrize("w,h", [(640, 416), (368, 496), (500, 333), (300, 300), (20, 600)])
+def test_evaluation_crop_is_torchs_antialiased_bicubic_to_one_level(kind, w, h):
+    """Pillow resizes the rows first and clips the result to 0..255 before it resizes the columns.
+    Without this clipping, torch differs by more than ten levels at sharp edges."""
+    image, size = kind(w, h), 112
+    height, width = size * h // min(w, h), size * w // min(w, h)
+    rows = torch_resize(data.to_tensor(image)[None].float(), (h, width)).clamp(0, 255)
+    plain = torch_resize(rows, (height, width))[0].round().clamp(0, 255)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    plain = plain[:, top : top + size, left : left + size]
     assert (load_image(encoded(image), size) - plain).abs().max() <= 1
 
 
@@ -509,6 +528,7 @@ NOT_UTF8 = {
     "UTF-16-BE": "a red circle".encode("utf-16-be"),
     "UTF-16-LE of one letter": "a".encode("utf-16-le"),
     "UTF-16-LE in Russian": "красный круг".encode("utf-16-le"),
+    "UTF-16-LE in Hindi": "लाल वृत्त".encode("utf-16-le"),  # every second byte is 9, a tab
     "UTF-16-LE in Chinese": "红色的圆圈".encode("utf-16-le"),
     "UTF-32": "a red circle".encode("utf-32"),
     "UTF-32-BE": "a red circle".encode("utf-32-be"),
@@ -601,6 +621,7 @@ BAD_LISTS = {
     "empty.csv": ("", "filepath"),
     "header_only.csv": ("filepath,title\n", ""),
     "latin.csv": ("filepath,title\n0.jpg,café".encode("latin-1"), ""),
+    "utf16_without_mark.csv": ("filepath,title\n0.jpg,red".encode("utf-16-le"), ""),
     "utf16.csv": ("filepath,title\n0.jpg,red".encode("utf-16"), ""),
 }
 
@@ -645,7 +666,8 @@ def test_a_long_list_needs_little_more_memory_than_its_file(tmp_path):
     write_files(tmp_path, {"a.csv": "\n".join(["filepath,title", *rows])})
     source, _ = data.open_source(str(path))
     assert len(source) == 20_000
-    assert len(source.text) + 8 * len(source.ends) <= 1.3 * path.stat().st_size
+    memory = sys.getsizeof(source.text) + sys.getsizeof(source.ends)
+    assert memory < 1.3 * path.stat().st_size
 
 
 def test_text_files_with_a_byte_order_mark_are_read_and_other_encodings_refused(tmp_path):
@@ -771,10 +793,11 @@ def test_patterns_without_files_are_refused_with_the_resolved_path(tmp_path, mon
             data.open_source(name)
 
 
-@pytest.mark.parametrize("address", ["s3://bucket/{00..12}.tar", "https://host/a.csv",
+@pytest.mark.parametrize("address", ["s3://bucket/{00..12}.tar", "gs://bucket/0.tar",
+                                     "https://host/a.csv", "https://host/0.tar",
                                      "pipe:aws s3 cp s3://bucket/0.tar -", "pipe:cat 0.tar"])
-def test_remote_addresses_are_refused(address):
-    with pytest.raises(ValueError, match=re.escape(address)):
+def test_remote_addresses_are_refused_as_such(address):
+    with pytest.raises(ValueError, match=re.escape(address) + " is not on this machine"):
         data.open_source(address)
 
 
@@ -811,9 +834,22 @@ def test_members_of_a_tar_become_samples(tmp_path, layout):
     assert pairs_of(write_tar(tmp_path / "a.tar", members)) == (captions, skipped)
 
 
+def gnu_sparse(name):
+    """A member as `tar --sparse` writes it: one block is stored, at the start of 100,000 bytes."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, 512
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0%011o\0" % (0, 512)  # offset and size of the block
+    header[483:495] = b"%011o\0" % 100_000
+    header[148:156] = b" " * 8  # the checksum counts its own field as spaces
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + JPEG[:512].ljust(512, b"\0")
+
+
 def test_links_and_sparse_members_are_skipped_and_counted(tmp_path):
     path = write_tar(tmp_path / "a.tar", [("a.jpg", JPEG), ("a.txt", b"red"), ("b.txt", b"blue"),
-                                          ("c.txt", b"green"), ("d.txt", b"grey")])
+                                          ("c.txt", b"green"), ("d.txt", b"grey"),
+                                          ("e.txt", b"black")])
     with tarfile.open(path, "a") as tar:
         for name, kind in (("b.jpg", tarfile.LNKTYPE), ("c.jpg", tarfile.SYMTYPE)):
             link = tarfile.TarInfo(name)
@@ -823,8 +859,15 @@ def test_links_and_sparse_members_are_skipped_and_counted(tmp_path):
         sparse.size = 512
         sparse.pax_headers = {"GNU.sparse.size": "100000", "GNU.sparse.map": "0,512"}
         tar.addfile(sparse, io.BytesIO(JPEG[:512].ljust(512, b"\0")))
+        tar.fileobj.write(gnu_sparse("e.jpg"))
+        tar.offset += 1024
+        for name, content in (("f.jpg", jpeg(1)), ("f.txt", b"behind them")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
     captions, skipped = pairs_of(path)
-    assert captions == ["red"] and skipped == {"link or sparse file": 3, ".txt file": 3}
+    assert captions == ["behind them", "red"]
+    assert skipped == {"link or sparse file": 4, ".txt file": 4}
 
 
 def tar_header(kind, size, content=b""):
@@ -836,26 +879,71 @@ def tar_header(kind, size, content=b""):
 DAMAGED = {"empty": b"", "random": random.Random(0).randbytes(2000),
            "a member of 2**80 bytes": tar_header(tarfile.REGTYPE, 2**80),
            "an attribute of 10**20 bytes": tar_header(tarfile.XHDTYPE, 25, b"9" * 20 + b" a=b\n")}
+
+
+def zipped():
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("0.jpg", JPEG)
+    return buffer.getvalue()
+
+
+def gzipped_tar():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("0.jpg"))
+    return buffer.getvalue()
+
+
 OTHER_FILES = {
-    "web page": b"<html>404</html>" * 99,
-    "gzip archive": gzip.compress(bytes(20_000)),
-    "parquet file": b"PAR1" + bytes(999) + b"PAR1",
-    "zip archive": b"PK\3\4" + bytes(999),
-    "JSON file": b'{"url": "a.jpg", "caption": "red"}\n' * 99,
-    "JPEG": JPEG,
-    "PNG": encoded(photo(48, 40)),
+    "a.html": ("web page", b"<html>404</html>" * 99),
+    "a.tar.gz": ("gzip archive", gzipped_tar()),
+    "a.parquet": ("parquet file", b"PAR1" + bytes(999) + b"PAR1"),
+    "a.zip": ("zip archive", zipped()),
+    "a.jsonl": ("JSON file", b'{"url": "a.jpg", "caption": "red"}\n' * 99),
+    "a.jpg": ("JPEG", JPEG),
+    "a.png": ("PNG", encoded(photo(48, 40))),
 }
 
 
-@pytest.mark.parametrize("kind", [*DAMAGED, *OTHER_FILES])
-def test_a_file_that_is_no_tar_is_skipped_and_refused_if_all_are(tmp_path, kind):
-    bad = tmp_path / "bad.tar"
-    bad.write_bytes((DAMAGED | OTHER_FILES)[kind])
-    good = write_shard(tmp_path / "good.tar", [(JPEG, "red")])
-    name = "damaged shard" if kind in DAMAGED else kind
-    assert pairs_of(f"{bad}::{good}") == (["red"], {name: 1})
-    with pytest.raises(ValueError, match=f"{name}.*{bad}"):
+def check_bad_shard(bad, kind):
+    """It is skipped beside a good shard, and refused alone."""
+    good = write_shard(bad.parent / "good.tar", [(JPEG, "red")])
+    assert pairs_of(f"{bad}::{good}") == (["red"], {kind: 1})
+    with pytest.raises(ValueError, match=rf"1 {kind} \({bad}"):
         data.open_source(str(bad))
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_shard_is_skipped_and_refused_if_all_are(tmp_path, kind):
+    (tmp_path / "bad.tar").write_bytes(DAMAGED[kind])
+    check_bad_shard(tmp_path / "bad.tar", "damaged shard")
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_a_file_that_is_no_tar_is_named_by_what_it_is(tmp_path, name):
+    kind, content = OTHER_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    check_bad_shard(tmp_path / name, kind)
+
+
+@pytest.mark.parametrize("format", ["WEBP", "GIF", "BMP", "TIFF"])
+def test_a_single_image_is_not_called_a_damaged_shard(tmp_path, format):
+    path = tmp_path / f"a.{format.lower()}"
+    path.write_bytes(encoded(photo(48, 40), format))
+    with pytest.raises(ValueError, match=str(path)) as error:
+        data.open_source(str(path))
+    assert "damaged" not in str(error.value)
+
+
+def test_a_skipped_member_is_named_with_its_shard(tmp_path):
+    good = write_shard(tmp_path / "good.tar", [(JPEG, "red")])
+    bad = write_tar(tmp_path / "bad.tar", [("x.jpg", JPEG), ("y.heic", b"")])
+    _, skipped = data.open_source(f"{good}::{bad}")
+    assert set(skipped) == {"image without caption", ".heic file"}
+    for kind, member in (("image without caption", "x.jpg"), (".heic file", "y.heic")):
+        _, name = skipped[kind]
+        assert member in name and bad in name
 
 
 def test_shards_without_samples_are_refused_with_the_extensions(tmp_path):
@@ -986,20 +1074,22 @@ def test_names_that_are_not_utf8_are_stored_in_an_index(tmp_path):
 # messages
 
 
-PRINTS = "import data; data.print0('caf' + chr(0xdce9)); data.print0('after')"
+def test_a_name_that_cannot_be_printed_does_not_end_the_output(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "utf-8", errors="strict"))
+    data.say("caf" + chr(0xDCE9))
+    data.say("after")
+    assert raw.getvalue() == b"caf\\udce9\nafter\n"
 
 
-def test_a_name_that_cannot_be_printed_does_not_end_the_output():
-    command, env = [sys.executable, "-c", PRINTS], os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
-    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=env)
-    assert done.returncode == 0 and b"caf" in done.stdout and b"after" in done.stdout
-
-
-def test_a_reader_of_stdout_that_leaves_does_not_end_the_program():
-    program = "import data, sys\nfor i in range(9999): data.print0(i)\nsys.stderr.write('end')"
-    command = f'{sys.executable} -c "{program}" | head -n 1'
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout == "0\n" and done.stderr == "end"
+def test_a_reader_of_stdout_that_leaves_does_not_end_the_program(monkeypatch):
+    read, write = os.pipe()
+    stdout = open(write, "w")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    os.close(read)
+    for i in range(100):
+        data.say(i)
+    stdout.close()  # Python does so at the end. It would raise if text were left.
 
 
 # faults during training
@@ -1182,75 +1272,3 @@ def test_skipped_files_and_skipped_samples_are_counted_together(tmp_path):
     assert captions == ["red"]
     assert skipped == {"NoCaption": 1, "UnicodeDecodeError": 1, ".heic file": 1,
                        "image without caption": 1}
-
-
-# the toy world (lab/shapes.py)
-
-
-def scene(first, relation, second):
-    """('small red circle', 'left of', 'large blue square') -> indices."""
-    objects = [" ".join(words) for words in shapes.OBJECTS]
-    relation = list(shapes.RELATIONS).index(relation)
-    return objects.index(first), relation, objects.index(second)
-
-
-def test_captions_run_from_general_to_specific():
-    both = scene("small red circle", "left of", "large blue square")
-    captions = shapes.describe(both, random.Random(0))
-    assert captions == ["a shape", "a circle", "a red circle", "a small red circle",
-                        "a small red circle left of a large blue square"]
-    assert len(shapes.SHAPE_CLASSES) == 48 and len(shapes.LEVELS) == 5
-    for general, half, red, small, full in shapes.held_out_levels():
-        assert general == "a shape" and half.split()[-1] in red.split()
-        assert set(red.split()) < set(small.split()) and full.startswith(small)
-
-
-def test_images_show_what_their_captions_say():
-    """We test the area of a circle, and the side that the first object is on."""
-    for size, (low, high) in shapes.SIZES.items():
-        first, _, _ = scene(f"{size} red circle", "above", "small red circle")
-        arrangement = shapes.arrange((first, None, None), random.Random(1))
-        image = data.to_tensor(shapes.draw(arrangement, 64))
-        covered = (image[0] > 150).float().mean()
-        assert np.pi * (low / 2000) ** 2 * 0.9 < covered < np.pi * (high / 2000) ** 2 * 1.1
-    for relation, (dx, dy) in shapes.RELATIONS.items():
-        both = scene("large red square", relation, "small blue circle")
-        image = data.to_tensor(shapes.draw(shapes.arrange(both, random.Random(2)), 64))
-        y, x = torch.nonzero(image[0] > 150).float().mean(0) - 31.5
-        assert x * dx + y * dy > 10, relation
-
-
-def test_every_machine_draws_the_same_images():
-    drawn = []
-    for number in (0, 1, 2, 123_456_789):
-        image, caption = shapes.Shapes()[number]
-        drawn.append((int(load_image(image, 64).long().sum()), caption))
-    assert drawn == [(509942, "a large cyan circle"),
-                     (569834, "a large blue triangle below a small cyan circle"),
-                     (531435, "something pink"), (628582, "a large red cross")]
-
-
-def test_held_out_scenes_are_balanced_and_distinct():
-    ones, twos = np.split(np.array(shapes.held_out_scenes(), dtype=object), 2)
-    classes = [" ".join(shapes.OBJECTS[first][1:]) for first, _, _ in ones]
-    assert Counter(classes) == Counter(shapes.SHAPE_CLASSES * 10)
-    held_out = data.open_held_out("shapes")
-    assert len(held_out.images) == len(set(held_out.captions)) == 480 and not held_out.skipped
-    assert held_out.pairs == [(i, i) for i in range(480)]
-    assert load_image(held_out.images[0], 64).shape == (3, 64, 64)
-    images, labels, names, templates = held_out.classes
-    assert [names[label] for label in labels] == classes and len(images) == 480
-    assert len({load_image(image, 64).numpy().tobytes() for image in images}) == 480
-
-
-def test_training_draws_no_held_out_scene_in_any_wording():
-    """A circle left of a star is a star right of a circle."""
-    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-    names = list(shapes.RELATIONS)
-    held_out = set()
-    for first, relation, second in shapes.held_out_scenes()[shapes.HELD_OUT :]:
-        other = names.index(opposite[names[relation]])
-        held_out |= {(first, relation, second), (second, other, first)}
-    assert len(held_out) == 2 * shapes.HELD_OUT
-    drawn = {shapes.random_scene(random.Random(i), True) for i in range(20_000)}
-    assert len(drawn) > 10_000 and not drawn & held_out
