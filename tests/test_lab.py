@@ -396,5 +396,5 @@ def test_a_conversion_never_overwrites_a_file(tmp_path):
 
 def test_a_checkpoint_of_this_project_needs_no_conversion(tmp_path):
     save_ours(tmp_path / "ckpt.pt", small())
-    with pytest.raises(ValueError, match="already a checkpoint of this project"):
+    with pytest.raises(ValueError, match="checkpoint of this project"):
         convert.convert(tmp_path / "ckpt.pt", tmp_path / "other.pt", "euclidean")
