@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from common import ROOT, data, small, small_batch
+from common import Malicious, ROOT, data, small, small_batch
 from lab.convert import convert
 
 from geometry import GEOMETRIES
@@ -307,11 +307,6 @@ def test_files_that_are_no_checkpoints_are_refused_with_name_and_size(tmp_path):
     assert "safetensors" in refusal(tmp_path / "bad.pt")
     assert "no file" in refusal(tmp_path / "nowhere.pt")
     assert "no file" in refusal(tmp_path / "." / tmp_path.name)
-
-
-class Malicious:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

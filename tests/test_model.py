@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from common import ROOT, data, save_ours, small, small_batch, torchrun, train
+from common import Malicious, ROOT, data, save_ours, small, small_batch, torchrun, train
 
 from geometry import GEOMETRIES
 from model import CLIP, PRESETS, Config, load_model, pack_tokens
@@ -491,11 +491,6 @@ def test_a_checkpoint_of_a_newer_version_is_refused_by_the_field_it_does_not_kno
     assert "patch_dropout" in message
     message = refusal(tmp_path / "newer.pt", ours(config=config | {"geometry": "spherical"}))
     assert "spherical" in message
-
-
-class Malicious:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

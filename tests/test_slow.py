@@ -7,9 +7,9 @@ import time
 
 import pytest
 from common import (
-    SHORT, encoded, in_process, losses_of, photo, run_train, running, same_weights, saved,
+    SHORT, at_step, encoded, in_process, losses_of, photo, run_train, running, same_weights, saved,
     torchrun, train_script, write_tar,
-)  # fmt: skip
+)
 
 import data
 import train
@@ -23,27 +23,29 @@ pytestmark = [
 
 
 def test_twenty_kills_around_saves_change_nothing(tmp_path):
-    pictures, rng = tmp_path / "pictures", random.Random(0)
-    pictures.mkdir()
+    images, rng = tmp_path / "images", random.Random(0)
+    images.mkdir()
     for i in range(8):
-        (pictures / f"{i}.jpg").write_bytes(encoded(photo(48, 40 + i), "JPEG"))
-        (pictures / f"{i}.txt").write_text(f"picture {i}")
-    flags = [*SHORT, "--data", pictures, "--samples", 800, "--save_every", 1]  # 100 steps
+        (images / f"{i}.jpg").write_bytes(encoded(photo(48, 40 + i), "JPEG"))
+        (images / f"{i}.txt").write_text(f"image {i}")
+    flags = [*SHORT, "--data", images, "--samples", 800, "--save_every", 1]  # 100 steps
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run_train(*flags, "--out_dir", whole).returncode == 0  # on one thread, as the others
+    status, _, error = run_train(*flags, "--out_dir", whole)  # on one thread, as the others
+    assert status == 0, error
     steps = []
     for _ in range(20):
-        with running(*flags, "--resume", "--out_dir", killed) as process:
-            next(line for line in process.stdout if line.startswith("step"))
+        with running(*flags, "--resume", "--out_dir", killed) as program:
+            next(line for line in program.stdout if line.startswith("step"))
             time.sleep(rng.random() * 0.1)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            program.send(signal.SIGKILL)
+            program.process.join()
         if (killed / "ckpt.pt").exists():
             load_model(killed / "ckpt.pt")
             steps.append(saved(killed)["step"])
     print("killed after steps", steps)
     assert steps == sorted(steps) and 0 < steps[-1] < 100
-    assert run_train("--resume", "--workers", 0, "--out_dir", killed).returncode == 0
+    status, _, error = run_train("--resume", "--workers", 0, "--out_dir", killed)
+    assert status == 0, error
     assert same_weights(whole, killed) and losses_of(whole) == losses_of(killed)
 
 
@@ -78,9 +80,17 @@ def one_epoch(source):
     """-> captions of the samples that came as they are, number of the others."""
     samples = data.Samples(source, 0, 16, 0.9)
     drawn = [samples[number] for number in range(len(source))]
-    assert all(picture.shape == (3, 16, 16) for picture, _, _ in drawn)
+    assert all(image.shape == (3, 16, 16) for image, _, _ in drawn)
     captions = [caption for _, caption, skipped in drawn if not skipped]
     return captions, len(drawn) - len(captions)
+
+
+def has_caption(content):
+    """Whether a .txt is UTF-8 and not blank."""
+    try:
+        return bool(content.decode("utf-8-sig").replace("\0", " ").strip())
+    except UnicodeDecodeError:
+        return False
 
 
 @pytest.mark.parametrize("extension", ["jpg", "txt"])
@@ -91,8 +101,7 @@ def test_fuzzed_members_are_used_or_counted(tmp_path, extension):
         for name, content in members:
             content = mutate(content, rng) if name.endswith(extension) else content
             mutated.append((name, content))
-            text = content.decode("utf-8-sig", errors="replace").replace("\0", " ")
-            blank += name.endswith("txt") and not text.strip()
+            blank += name.endswith("txt") and not has_caption(content)
         source, left_out = data.open_source(write_tar(tmp_path / f"{i}.tar", mutated))
         assert len(source) == 12 and not left_out
         captions, others = one_epoch(source)
@@ -112,7 +121,7 @@ def test_a_fuzzed_tar_is_used_refused_or_counted(tmp_path):
     for i in range(500):
         (tmp_path / f"{i}.tar").write_bytes(mutate(whole, rng))
         try:
-            source, left_out = data.open_source(str(tmp_path / f"{i}.tar"), verbose=False)
+            source, left_out = data.open_source(str(tmp_path / f"{i}.tar"))
         except ValueError as error:
             assert f"{i}.tar" in str(error)
             refused += 1
@@ -151,7 +160,8 @@ def test_compiled_bfloat16_on_two_processes_follows_eager_float32(tmp_path, geom
     flags = [*SHORT, "--samples", 320, "--lr", 1e-4, "--save_every", 1000]  # 40 steps
     flags += ["--geometry", geometry, "--entailment_weight", weight]
     in_process(*flags, "--out_dir", tmp_path / "eager")
-    script = train_script(tmp_path / "half.py", 20, "print('HALF OF ALL STEPS', file=sys.stderr)")
+    half = at_step(21, "print('HALF OF ALL STEPS', file=sys.stderr)")
+    script = train_script(tmp_path / "half.py", half)
     flags += ["--compile", "--dtype", "bfloat16", "--micro_batch", micro_batch]
     done = torchrun(
         2, script, *flags, "--out_dir", tmp_path / "compiled", timeout=2900, TORCH_LOGS="recompiles"
@@ -162,6 +172,6 @@ def test_compiled_bfloat16_on_two_processes_follows_eager_float32(tmp_path, geom
     eager, compiled = losses_of(tmp_path / "eager"), losses_of(tmp_path / "compiled")
     differences = [abs(a / b - 1) for a, b in zip(compiled, eager)]
     print(f"losses differ by {max(differences):.2%} at most, "
-          f"{before.count('Recompiling')} recompilations")  # fmt: skip
+          f"{before.count('Recompiling')} recompilations")
     assert len(compiled) == 40 and max(differences) < 0.03
     assert "Recompiling" not in after
