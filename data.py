@@ -9,8 +9,8 @@ A data source is one string:
 
 Sample i can be read or drawn without the samples before it. The batch of step s therefore depends
 only on the data, the flags and s, for any number of processes and loading workers. To resume a run,
-it is enough to know the step. Any exception that a sample raises is counted under the name of the
-exception. Training replaces such a sample by another one; evaluation skips it.
+it is enough to know the step. A sample that raises any exception is skipped and counted: training
+replaces it by another one, evaluation leaves it out.
 
 An *image source* is a path, the bytes of a file, (tar, offset, size), a PIL image, or a function
 that draws the image: size -> PIL image. Axes: N samples, T tokens, H, W pixels.
@@ -109,7 +109,7 @@ def load_training_crop(image, size, scale, rng):
 def shuffled(number, count, seed, block=2**16):
     """Position in the endless stream -> index of a sample. Every epoch contains every sample once.
     It shuffles blocks of consecutive samples (a shorter block comes last), and the samples within
-    each block. So only a few shards are in use at a time."""
+    each block. So nearby positions come from a few shards."""
     epoch, i = divmod(number, count)
     b, i = divmod(i, block)
     if b < count // block:
@@ -121,23 +121,24 @@ def shuffled(number, count, seed, block=2**16):
 def permutation(count, *seed):
     return np.random.default_rng(seed).permutation(count)
 
-class Samples(Dataset):
-    """Position in the stream -> image, caption, the samples that were skipped on the way."""
+class Stream(Dataset):
+    """Position in the stream -> image, caption, the samples that were skipped on the way. After 100
+    of them it returns a black image, and `batches` ends the run."""
 
-    def __init__(self, source, seed, size, crop_scale):
-        self.source, self.seed, self.size, self.crop_scale = source, seed, size, crop_scale
+    def __init__(self, samples, seed, size, crop_scale):
+        self.samples, self.seed, self.size, self.crop_scale = samples, seed, size, crop_scale
 
     def __getitem__(self, number):
-        rng, skipped = random.Random((self.seed << 48) | number), {}
-        i = self.source.at(number, self.seed)
+        rng = random.Random((self.seed << 48) | number)  # no two seeds share a sequence
+        i, skipped = self.samples.at(number, self.seed), {}
         for _ in range(100):
             try:
-                image, captions = self.source[i]
+                image, captions = self.samples[i]
                 caption = rng.choice(clean_captions(captions))
                 return load_training_crop(image, self.size, self.crop_scale, rng), caption, skipped
             except Exception as error:  # Pillow raises almost any exception on damaged files
-                add_skip(skipped, type(error).__name__, self.source.name(i))
-            i = rng.randrange(len(self.source))  # try another sample
+                add_skip(skipped, type(error).__name__, self.samples.name(i))
+            i = rng.randrange(len(self.samples))  # try another sample
         return torch.zeros(3, self.size, self.size, dtype=torch.uint8), "", skipped
 
 def collate(tokenizer, context_length, samples):
@@ -149,15 +150,15 @@ def collate(tokenizer, context_length, samples):
     tokens = tokens[:, : 8 * math.ceil(longest / 8)].contiguous()
     return images, tokens, merge_skips(skipped)
 
-def batches(source, config, batch_size, crop_scale=0.9, seed=0, rank=0, world_size=1, workers=0,
+def batches(samples, config, batch_size, crop_scale=0.9, seed=0, rank=0, world_size=1, workers=0,
             step=0, pin_memory=False):
     """Endless batches (images, tokens, skipped samples) of this process, beginning at `step`.
-    source: see `open_source`; config: the model's. Raises LoadingError once 100 samples, and more
-    than a tenth of all, are unreadable."""
+    samples: see `open_source`; config: the model's. Raises LoadingError once 100 samples, and more
+    than a tenth of all, are unreadable, or ValueError if this happens in the first batch."""
     local = batch_size // world_size  # process r takes the r-th slice of each batch
     starts = itertools.count(step * batch_size + rank * local, batch_size)
     loader = load(
-        Samples(source, seed, config.image_size, crop_scale),
+        Stream(samples, seed, config.image_size, crop_scale),
         partial(collate, config.tokenizer, config.context_length),
         batch_sampler=(range(start, start + local) for start in starts),
         num_workers=workers, pin_memory=pin_memory,
@@ -167,7 +168,7 @@ def batches(source, config, batch_size, crop_scale=0.9, seed=0, rank=0, world_si
         all_skipped = merge_skips([all_skipped, skipped])
         taken, bad = taken + len(images), sum(count for count, _ in all_skipped.values())
         if bad >= 100 and bad > 0.1 * (bad + taken):
-            kind = ValueError if taken == len(images) else LoadingError  # nothing is trained yet
+            kind = ValueError if taken == len(images) else LoadingError  # ValueError: wrong data
             raise kind(f"{bad:,} of {bad + taken:,} samples are bad: {describe(all_skipped)}")
         yield images, tokens, skipped
 
@@ -347,8 +348,9 @@ class HeldOut:
     classes: tuple | None = None  # images, labels, names, templates for zero-shot classification
 
 class Source:
-    """A list of samples. All samples (path of an image below `folder`, captions) are stored in one
-    byte string. It has no reference counts to update, so the loading workers share its memory."""
+    """A list of samples (path of an image below `folder`, captions). Subclasses read or draw their
+    samples, whereas this class stores them in one byte string. It has no reference counts to
+    update, so the loading workers share its memory."""
 
     def __init__(self, samples, folder=""):
         self.text, self.ends, self.folder = bytearray(), array("q", [0]), folder
@@ -398,7 +400,8 @@ class Source:
         return HeldOut(images, list(captions), list(pairs), samples, skipped)
 
 def open_source(source):
-    """-> Source, {kind: [number of skipped files, the first]}. Raises ValueError or OSError."""
+    """-> Source, {kind: [number of skipped files, the first]}. Raises ValueError, OSError or
+    LoadingError."""
     if source == "shapes":
         from lab.shapes import Shapes
 
@@ -416,7 +419,7 @@ def open_source(source):
     return samples, skipped
 
 def open_held_out(source):
-    """-> HeldOut. Raises ValueError or OSError."""
+    """-> HeldOut. Raises what `open_source` raises."""
     samples, skipped = open_source(source)
     held_out = samples.held_out()
     held_out.skipped = merge_skips([skipped, held_out.skipped])
@@ -451,7 +454,7 @@ def pair_up(names):
         stem, suffix = os.path.splitext(key)
         if "image" in files and text:
             pairs.append((files["image"], text, ".txt file" not in files))
-        elif not suffix or stem not in samples:  # 1.seg.png belongs to 1.jpg
+        elif not (suffix and stem in samples):  # 1.seg.png belongs to 1.jpg and is not counted
             for kind, name in files.items():
                 add_skip(skipped, "image without caption" if kind == "image" else kind, name)
     return pairs, skipped

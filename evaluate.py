@@ -47,7 +47,7 @@ def wrong_before_right(similarity, queries, candidates, matches):
     """For each query, count the wrong candidates at least as similar as the best right candidate.
 
     queries (N, D), candidates (M, D), matches (P, 2): indices of a query and of a right candidate
-    -> int64 (N,), 0 is best. Queries without a right candidate get a count of no meaning.
+    -> int64 (N,), 0 is best. For queries without a right candidate the count is meaningless.
     """
     counts, block = [], max(1, min(1024, 2**24 // max(1, len(candidates))))  # limits the memory
     query, candidate = matches.to(queries.device).unbind(1)
@@ -104,10 +104,11 @@ def traverse(model, images, texts, min_radius=None):
     """Captions on the straight path from each image (N, D) to the root. They should change from
     specific to general.
 
-    -> for each image [(step, text)]: every text that is nearest at some step, with the first of
-    the S steps where it is. Index M means the root, which is always a candidate and wins ties. With
-    a min_radius, the texts (M, D) are candidates only at the points that their cones contain.
-    Source: MERU; EuCLIP, Figures 3 and 5.
+    Returns a list of (step, index of a text) for each image, ordered by step. It contains each text
+    that is the nearest one somewhere on the path, at the first of the S steps where it is. Index M
+    stands for the root, which is always a candidate and wins ties. With a min_radius, the texts
+    (M, D) are candidates only at the points that their cones contain. Source: MERU; EuCLIP, Figures
+    3 and 5.
     """
     geometry, curv, found = model.geometry, model.scalars()[1], []
     root = geometry.root(torch.cat([images, texts]))
@@ -199,11 +200,10 @@ def retrieval(model, held_out, **loading):
     column = {text: j for j, text in enumerate(sorted({text for _, text in pairs}))}
     texts = embed_texts(model, [held_out.captions[text] for text in column])
     pairs = torch.tensor([(image, column[text]) for image, text in pairs])
-    what = f"{len(kept)} images, {len(column)} captions"
-    if held_out.samples > len(held_out.images) or len(pairs) > len(column):
-        what += f" (of {held_out.samples} samples; equal images and equal captions count once)"
     metrics = retrieval_metrics(model.similarity, images, texts, pairs)
-    what += ", any match counts"
+    merged = held_out.samples > len(held_out.images) or len(pairs) > len(column)
+    equal = f" (of {held_out.samples} samples; equal images and equal captions count once)"
+    what = f"{len(kept)} images, {len(column)} captions{equal * merged}, any match counts"
     return metrics | protocol(model, what, held_out.images, kept, held_out.skipped)
 
 def evaluate(model, held_out, **loading):
@@ -401,8 +401,8 @@ def run(args):
         captions = data.read_lines(args.captions)
         if not captions:
             raise ValueError(f"{args.captions} has no captions")
-        found = traversal(model, args.traverse, captions, args.min_radius, **loading)
-        results["traversal"] = found
+        task = args.traverse, captions, args.min_radius
+        results["traversal"] = traversal(model, *task, **loading)
     if args.val_data or not results:
         source = args.val_data or held_out_source(model.train_config)
         if source is None:

@@ -8,7 +8,8 @@
 A tower turns its input into *features*, and the geometry turns features into *embeddings*. Towers
 may run in bfloat16. Embeddings and loss are float32, or float64 after `.double()`. Architecture,
 parameter names and initial values are open_clip's. open_clip 3.3.0 loads our `clip` checkpoints;
-those of EuCLIP and MERU need the EuCLIP authors' fork of it.
+those of EuCLIP and MERU need the EuCLIP authors' fork of it. The parameters `logit_scale`,
+`alpha_img`, `alpha_txt` and `curvature` are logarithms; `scalars` and the log contain their exp.
 
 Axes: N images or texts, T tokens, R packed tokens of all N texts, C width of a tower, H heads,
 D width of the embeddings.
@@ -133,12 +134,11 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(blocks)
 
     def forward(self, x, pool_index, packing=None):
-        """x (N, T, C), or packed (R, C) -> (N, C), one token per sample. `pool_index` (N,) contains
-        the rows of these tokens among all tokens. The last MLP computes only these rows."""
-        *blocks, last = self.resblocks
-        for block in blocks:
+        """x (N, T, C), or packed (R, C) -> (N, C), one token per sample: pool_index[n] is the row
+        of sample n's token among all N * T or R rows. The last MLP computes only these rows."""
+        for block in self.resblocks[:-1]:
             x = block(x, packing=packing)
-        return last(x, pool_index, packing)
+        return self.resblocks[-1](x, pool_index, packing)
 
 class VisionTransformer(nn.Module):
     def __init__(self, c):
@@ -161,8 +161,9 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x) @ self.proj  # (N, D)
 
 def caption_lengths(tokens, vocab_size):
-    """tokens (N, T) -> lengths (N,), up to and including the first end token. Counting the nonzero
-    tokens would be wrong: 0 is the padding, but in CLIP's vocabulary it is also a real token."""
+    """tokens (N, T) -> lengths (N,), up to and including the first end token; 1 if there is none.
+    Counting the nonzero tokens would be wrong: 0 is the padding, but in CLIP's vocabulary it is
+    also a real token."""
     return (tokens == vocab_size - 1).int().argmax(1) + 1
 
 def pack_tokens(tokens, vocab_size):
@@ -256,7 +257,8 @@ class CLIP(nn.Module):
         return self.embed(features, getattr(self, "alpha_txt", None))
 
     def scalars(self):
-        """-> (2,): logit scale and curvature c > 0, the learned scalars that the loss needs."""
+        """-> (2,): logit scale and curvature c > 0. All learned scalars that the loss needs must be
+        here, so that DistributedDataParallel and `gradcache_backward` see them."""
         log_curv = getattr(self, "curvature", torch.zeros_like(self.logit_scale))
         return torch.stack([self.logit_scale, log_curv]).exp()
 
@@ -271,7 +273,8 @@ class CLIP(nn.Module):
             return self.geometry.similarity(x, y, self.config.logit, self.scalars()[1])
 
     def loss(self, image, text, scalars, entailment_weight=0.0, min_radius=0.1):
-        """What `forward` returns for the N pairs of this process -> dict of 0-d tensors:
+        """The loss of the N pairs of this process, from the three results of `forward`. Returns a
+        dict of 0-d tensors:
 
         loss                       contrastive + entailment_weight * entailment
         contrastive                mean cross entropy of classifying each image among the texts of
@@ -299,18 +302,18 @@ class CLIP(nn.Module):
             image_loss = F.cross_entropy(image_logits, match)
             text_loss = F.cross_entropy(text_logits, match)
             loss = contrastive = (image_loss + text_loss) / 2
-            log = {"contrastive": contrastive, "logit_scale": scale, "curvature": curv}
+            metrics = {"contrastive": contrastive, "logit_scale": scale, "curvature": curv}
             if geometry.cones:
                 outside = geometry.entailment_loss(text, image, min_radius, curv)  # (N,)
-                log["entailment"] = outside.mean()
-                log["in_cone"] = (outside == 0).float().mean()
+                metrics["entailment"] = outside.mean()  # for the log even if its weight is 0
+                metrics["in_cone"] = (outside == 0).float().mean()
                 if entailment_weight > 0:
-                    loss = contrastive + entailment_weight * log["entailment"]
+                    loss = contrastive + entailment_weight * metrics["entailment"]
             with torch.no_grad():
                 root = geometry.root(torch.cat([all_image, all_text]))
-                log["text_radius"] = geometry.distance_to_root(text, root).mean()
-                log["image_radius"] = geometry.distance_to_root(image, root).mean()
-        return {"loss": loss} | {name: value.detach() for name, value in log.items()}
+                metrics["text_radius"] = geometry.distance_to_root(text, root).mean()
+                metrics["image_radius"] = geometry.distance_to_root(image, root).mean()
+        return {"loss": loss} | {name: value.detach() for name, value in metrics.items()}
 
     def bounds(self):
         """-> {learned scalar: (lowest, highest)}. The logit scale is bounded only from above."""
@@ -348,7 +351,8 @@ class AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         received = torch.empty_like(grad)
-        dist.all_to_all_single(received, grad.contiguous())  # gloo's reduce_scatter sends twice
+        # Together with the sum this is a reduce_scatter, for which gloo sends twice as much.
+        dist.all_to_all_single(received, grad.contiguous())
         return received.unflatten(0, (world_size(), -1)).sum(0)
 
 @torch.compiler.disable  # torch.compile cannot trace it and compiles the code around it

@@ -1,8 +1,8 @@
 """Train CLIP in one of three geometries.
 
     python train.py                                                # EuCLIP on drawn shapes (CPU)
-    python train.py --geometry hyperbolic --entailment_weight 0.2  # MERU
-    torchrun --nproc_per_node=8 train.py --geometry euclidean      # eight processes share a batch
+    python train.py --geometry hyperbolic --entailment_weight 0.2 --out_dir out_meru  # MERU
+    torchrun --nproc_per_node=8 train.py --out_dir out_8           # eight processes share a batch
     python train.py --resume                                       # resume the run in out/
 
 The batch of step s depends only on the data, the flags and s. Apart from rounding, a run is
@@ -42,10 +42,10 @@ from data import print0
 from geometry import GEOMETRIES
 from model import CLIP, PRESETS, Config, load_checkpoint, load_model, pack_tokens, rank, world_size
 
-def usual(value):
+def not_negative(value):
     return not isinstance(value, (int, float)) or 0 <= value < math.inf
 
-def flag(default, help, allowed=usual, fixed=False):
+def flag(default, help, allowed=not_negative, fixed=False):
     return field(default=default, metadata={"help": help, "allowed": allowed, "fixed": fixed})
 
 def fixed(*args):
@@ -157,8 +157,8 @@ def gradcache_backward(net, model, parts, autocast, *loss_args):
         images, texts, scalars = zip(*(model(*part) for part in parts))
     embeddings = torch.cat(images), torch.cat(texts), scalars[0]
     embeddings = [x.detach().requires_grad_() for x in embeddings]
-    losses = model.loss(*embeddings, *loss_args)
-    losses["loss"].backward()
+    metrics = model.loss(*embeddings, *loss_args)
+    metrics["loss"].backward()
     image_grad, text_grad, scalars_grad = (x.grad for x in embeddings)
     for i, part in enumerate(parts):
         rows = slice(i * len(part[0]), (i + 1) * len(part[0]))
@@ -168,7 +168,7 @@ def gradcache_backward(net, model, parts, autocast, *loss_args):
         # All parts share the scalars, so each part backpropagates a fraction of their gradient.
         grads = image_grad[rows], text_grad[rows], scalars_grad / len(parts)
         torch.autograd.backward(outputs, grads)
-    return losses
+    return metrics
 
 # ------------------------------------------------------------------------------------------------
 # the training
@@ -176,8 +176,8 @@ def gradcache_backward(net, model, parts, autocast, *loss_args):
 def train(c, checkpoint):
     """Start a run, or resume the run of a checkpoint (a new run: {}). Raises ValueError or OSError
     for errors that the user can fix."""
-    device, path, first = join_processes(c.device), Path(c.out_dir, "ckpt.pt"), rank() == 0
-    start = checkpoint.get("step", 0)
+    device, main_process = join_processes(c.device), rank() == 0
+    path, start = Path(c.out_dir, "ckpt.pt"), checkpoint.get("step", 0)
     steps = validate(c, start)
     check_equal(start, f"{path}; it must be on a shared disk")
     if start >= steps:
@@ -185,50 +185,53 @@ def train(c, checkpoint):
 
     # model and optimizer
     model = CLIP(Config(**checkpoint["config"])) if checkpoint else build_model(c)
-    model.config.max_logit_scale, c.tokenizer = c.max_logit_scale, model.config.tokenizer
+    model.config.max_logit_scale = c.max_logit_scale
+    c.tokenizer = model.config.tokenizer  # the log shows it
     model.to(device)
     optimizer = build_optimizer(model, c)
     if checkpoint:
         model.load_state_dict(checkpoint["state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    autocast, compile = choose_precision(c, device)
+    autocast, compile = choose_precision(c, model.config, device)
     if compile:
         print0("torch.compile compiles during the first steps, which takes minutes")
         model.compile()  # in place, so that parameters keep their names
         model.loss = torch.compile(model.loss)
     net = DDP(model, gradient_as_bucket_view=True) if world_size() > 1 else model
 
-    # data
-    if not first:
-        barrier()  # wait until process 0 has indexed all shards
-    source, left_out = data.open_source(c.data)
-    val_source = evaluate.held_out_source(asdict(c))
-    held_out = data.open_held_out(val_source) if val_source and first else None
-    if first:
+    # data: process 0 indexes the shards, and then the other processes read its index
+    if not main_process:
         barrier()
-    check_equal(len(source), f"numbers of samples in {c.data}")
-    if len(source) != checkpoint.get("data_size", len(source)):
-        raise ValueError(f"{c.data} has {len(source):,} samples, but the run has begun with "
+    samples, skipped_files = data.open_source(c.data)
+    val_data = evaluate.held_out_source(asdict(c))
+    held_out = data.open_held_out(val_data) if val_data and main_process else None
+    if main_process:
+        barrier()
+    check_equal(len(samples), f"numbers of samples in {c.data}")
+    if len(samples) != checkpoint.get("data_size", len(samples)):
+        raise ValueError(f"{c.data} has {len(samples):,} samples, but the run has begun with "
                          f"{checkpoint['data_size']:,}")
-    batches = data.batches(source, model.config, c.batch_size, c.crop_scale, c.seed, rank(),
+    batches = data.batches(samples, model.config, c.batch_size, c.crop_scale, c.seed, rank(),
                            world_size(), c.workers, start, device.type == "cuda")
     stop = SimpleNamespace(signal=None, error=None)  # why this process wants to stop
     batch = next_batch(batches, stop, c.micro_batch, model.config.vocab_size, device)
     if stop.error:
         raise stop.error  # before the folder of the run exists
-    skipped = Counter(checkpoint.get("skipped", {}) if first else {})  # of this process
+    skipped = Counter(checkpoint.get("skipped", {}) if main_process else {})  # of this process
 
-    log = open_log(path.with_name("log.jsonl"), start) if first else None
-    print_start(c, model, device, steps, checkpoint, source, left_out)
+    log = open_log(path.with_name("log.jsonl"), start) if main_process else None
+    print_start(c, model, device, steps, checkpoint, samples, skipped_files)
     catch_signals(stop)
     began = since = time.monotonic()
     counted, waited = start, 0.0  # since the last report: its step, seconds of waiting for data
     for step in range(start, steps):
-        signals, errors = zip(*gather((stop.signal, stop.error)))
-        if any(signals + errors):  # if one process must stop, all do
-            save(path, model, optimizer, c, step, skipped, len(source))
-            if not any(signals):  # a signal to all processes also ends the loading workers
-                raise next(filter(None, errors))
+        stops = gather(stop)  # of all processes: if one must stop, all do
+        errors = [other.error for other in stops if other.error]
+        signaled = any(other.signal for other in stops)
+        if signaled or errors:
+            save(path, model, optimizer, c, step, skipped, len(samples))
+            if not signaled:  # a signal to all processes also ends the loading workers
+                raise errors[0]
             return print0(f"stopped after step {step}; resume the run with --resume")
         lr = learning_rate(step, steps, c.lr, c.warmup)
         for group in optimizer.param_groups:
@@ -236,7 +239,7 @@ def train(c, checkpoint):
         K = min_radius(step, steps, c.min_radius, c.final_min_radius)
         K = torch.full((), K, device=device)  # torch.compile treats a float as a constant
 
-        parts, newly_skipped = batch
+        parts, newly_skipped = batch  # fetched in the step before
         for kind, (number, name) in newly_skipped.items():
             if kind not in skipped:
                 data.say(f"skipping {name}: {kind}")
@@ -263,21 +266,22 @@ def train(c, checkpoint):
         model.clamp_scalars()
 
         done = step + 1
-        evaluating = val_source and (done == steps or done % c.eval_every == 0)
+        evaluating = val_data and (done == steps or done % c.eval_every == 0)
         if done in (1, steps) or done % c.log_every == 0:
-            values = torch.stack([*metrics.values()]).tolist()  # waits for the GPU
+            values = dict(zip(metrics, torch.stack([*metrics.values()]).tolist()))  # waits for GPU
             seconds = time.monotonic() - since
-            sums = [sum(column) for column in zip(*gather([*values, waited, skipped.total()]))]
-            means = {name: value / world_size() for name, value in zip(metrics, sums)}
-            means |= {"grad_norm": grad_norm.item(), "lr": lr, "skipped": sums[-1],
+            values |= {"waiting_for_data": waited / seconds, "skipped": skipped.total()}
+            everyones = gather(values)
+            means = {name: sum(v[name] for v in everyones) / world_size() for name in values}
+            means |= {"skipped": sum(v["skipped"] for v in everyones), "lr": lr,
                       "samples_per_second": (done - counted) * c.batch_size / seconds,
-                      "waiting_for_data": sums[-2] / world_size() / seconds}
+                      "grad_norm": grad_norm.item()}
             left = (steps - done) / (done - counted) * seconds
             report(log, done, steps, means, describe_step(means, c.entailment_weight, left))
             since, counted, waited = time.monotonic(), done, 0.0
         if evaluating or done == steps or done % c.save_every == 0:
-            save(path, model, optimizer, c, done, skipped, len(source))  # evaluating takes long
-        if evaluating and first:  # the other processes wait in their next `gather`
+            save(path, model, optimizer, c, done, skipped, len(samples))  # evaluating takes long
+        if evaluating and main_process:  # the other processes wait in their next `gather`
             moment = time.monotonic()
             with autocast:
                 report(log, done, steps, *evaluate_held_out(model, held_out, c.workers))
@@ -296,7 +300,7 @@ def parse_args(argv=None):
     parser = evaluate.Parser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     for f in fields(TrainConfig):
         group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
-        kind = next(t for t in (bool, int, float, str) if f.type in (t, t | None))
+        kind = getattr(f.type, "__args__", [f.type])[0]  # of str | None: str
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
         group.add_argument(f"--{f.name}", help=text, default=f.default, **how)
@@ -318,7 +322,7 @@ def parse_args(argv=None):
     with data.reading(path):  # a newer version may have more flags
         c = TrainConfig(**vars(parser.parse_args(argv)))
     for f in fields(c):
-        value, old = getattr(c, f.name), before.get(f.name)
+        value, old = getattr(c, f.name), before.get(f.name, f.default)
         if f.metadata["fixed"] and value != old:
             raise ValueError(f"{path} has --{f.name} {old}, not {value}")
     return c, checkpoint
@@ -343,20 +347,22 @@ def validate(c, done):
         (c.micro_batch and local % c.micro_batch,
          f"--micro_batch {c.micro_batch} does not divide the {local} samples of a process"),
         (steps < 1, f"--samples {c.samples} is less than one batch of {c.batch_size}"),
-        (done < steps <= c.warmup, f"--warmup {c.warmup} must be less than the {steps} steps"),
+        (done < steps <= c.warmup,  # a complete run may have any
+         f"--warmup {c.warmup} must be less than the {steps} steps"),
     ):
         if wrong:
             raise ValueError(message)
     c.model = c.model or (None if c.init_from else "tiny")
     return steps
 
-def choose_precision(c, device):
+def choose_precision(c, model_config, device):
     """-> autocast context for the towers, and whether to compile."""
     cuda = device.type == "cuda"
     able = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     bfloat16 = able if c.dtype is None else c.dtype == "bfloat16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
-    return autocast, cuda and c.model != "tiny" if c.compile is None else c.compile
+    tiny = model_config.vision_width <= PRESETS["tiny"]["vision_width"]
+    return autocast, (cuda and not tiny) if c.compile is None else c.compile
 
 def join_processes(name):
     """Join the other processes, if torchrun started any -> the device of this process."""
@@ -410,11 +416,11 @@ def catch_signals(stop):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, receive)
 
-def next_batch(batches, stop, *how):
+def next_batch(batches, stop, micro_batch, vocab_size, device):
     """-> the parts of the next batch, its skipped samples; None if stop.error says why not."""
     try:
         images, tokens, skipped = next(batches)
-        return split_batch(images, tokens, *how), skipped
+        return split_batch(images, tokens, micro_batch, vocab_size, device), skipped
     except data.LoadingError as error:
         stop.error = error
 
@@ -460,15 +466,15 @@ def save(path, model, optimizer, c, step, skipped, data_size):
             raise OSError(f"cannot write {path}, which is as before: {error}") from None
     barrier()  # wait until the file exists
 
-def print_start(c, model, device, steps, checkpoint, source, left_out):
+def print_start(c, model, device, steps, checkpoint, samples, skipped_files):
     flags = " ".join(f"{name}={value}" for name, value in asdict(c).items() if value is not None)
     print0(textwrap.fill(flags, 100))
     count = sum(p.numel() for p in model.parameters())
     print0(f"torch {torch.__version__}, {device}, {world_size()} processes, {count:,} parameters")
-    print0(f"{c.data}: {source}; skipped: {data.describe(left_out)}")
+    print0(f"{c.data}: {samples}; skipped: {data.describe(skipped_files)}")
     print0(f"chance level of the loss: ln({c.batch_size}) = {math.log(c.batch_size):.3f}")
-    if len(source) < c.batch_size:
-        floor = math.log(c.batch_size / len(source))
+    if len(samples) < c.batch_size:
+        floor = math.log(c.batch_size / len(samples))
         print0(f"warning: batches repeat samples, so the loss stays above {floor:.2f}")
     if checkpoint:
         step, before = checkpoint["step"], checkpoint["train_config"]

@@ -12,7 +12,6 @@ import argparse
 import math
 import os
 import re
-import sys
 import warnings
 from contextlib import suppress
 from dataclasses import asdict
@@ -175,13 +174,10 @@ def main():
     except (ValueError, OSError) as error:
         printable = (c for c in str(error) if c.isprintable() or c == "\n")
         evaluate.end(f"convert.py: {''.join(printable)}")
-    with suppress(AttributeError):  # stdout of a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
-    with suppress(OSError):  # stdout may be closed
-        print(f"{args.target}: {c.geometry}/{c.logit}, ViT {c.vision_width} x {c.vision_layers} "
-              f"on {c.image_size} px / {c.patch_size}, text {c.text_width} x {c.text_layers}, "
-              f"embeddings {c.embed_dim}, tokenizer {c.tokenizer}. Next: python evaluate.py "
-              f"{args.target} --val_data SOURCE", flush=True)
+    data.say(f"{args.target}: {c.geometry}/{c.logit}, ViT {c.vision_width} x {c.vision_layers} "
+             f"on {c.image_size} px / {c.patch_size}, text {c.text_width} x {c.text_layers}, "
+             f"embeddings {c.embed_dim}, tokenizer {c.tokenizer}. Next: python evaluate.py "
+             f"{args.target} --val_data SOURCE")
 
 
 if __name__ == "__main__":

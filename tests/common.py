@@ -106,6 +106,7 @@ os.environ["PYTHONPATH"] = str(ROOT)
 
 def call_main(args, code, env, stdout, stderr):
     """What the process of a `Program` does."""
+    multiprocessing.set_start_method("fork", force=True)  # workers would import torch anew
     os.setsid()
     os.environ.clear()
     os.environ.update(env)

@@ -5,7 +5,6 @@ import os
 import pickle
 import re
 import struct
-import subprocess
 import sys
 from collections import OrderedDict
 from dataclasses import asdict
@@ -16,7 +15,7 @@ import pytest
 import torch
 import torch.nn as nn
 from common import Malicious, ROOT, data, small, small_batch
-from lab.convert import convert
+from lab.convert import convert, main
 
 from geometry import GEOMETRIES
 from model import load_model
@@ -370,30 +369,38 @@ def test_a_full_disk_leaves_no_part_of_the_target(tmp_path, monkeypatch):
 # the command
 
 
-def run_convert(*args):
-    command = [sys.executable, "-m", "lab.convert", *map(str, args)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=env)
+@pytest.fixture
+def command(monkeypatch, capsys):
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, args)])
+        try:
+            main()
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
-def test_the_command_says_what_it_made_in_one_line_and_how_to_evaluate_it(tmp_path):
+def test_the_command_says_what_it_made_in_one_line_and_how_to_evaluate_it(tmp_path, command):
     torch.save(under(""), tmp_path / "theirs.pt")
     flags = "--geometry clip --tokenizer bytes --vision_heads 2 --text-heads 2".split()
-    done = run_convert(tmp_path / "theirs.pt", tmp_path / "ours.pt", *flags)
-    assert (done.returncode, done.stderr) == (0, "")
-    line, = done.stdout.splitlines()
+    status, out, error = command(tmp_path / "theirs.pt", tmp_path / "ours.pt", *flags)
+    assert (status, error) == (0, "")
+    line, = out.splitlines()
     for part in ("clip/cosine", "64 x 2 on 16 px / 8", "bytes", "python evaluate.py"):
         assert part in line
     assert same_embeddings(load_model(tmp_path / "ours.pt"), small("clip"))
 
 
-def test_a_refused_command_ends_with_status_2_and_one_printable_line(tmp_path):
+def test_a_refused_command_ends_with_status_2_and_one_printable_line(tmp_path, command):
     torch.save(under("") | {"\x1b[2Jbias": torch.zeros(1)}, tmp_path / "theirs.pt")
     flags = "--geometry clip --tokenizer bytes --vision_heads 2 --text_heads 2".split()
     for target, words in (("ours.pt", "bias"), ("theirs.pt", "exists")):
-        done = run_convert(tmp_path / "theirs.pt", tmp_path / target, *flags)
-        line, = done.stderr.splitlines()
-        assert done.returncode == 2 and done.stdout == ""
+        status, out, error = command(tmp_path / "theirs.pt", tmp_path / target, *flags)
+        line, = error.splitlines()
+        assert status == 2 and out == ""
         assert words in line and line.isprintable()
     assert [path.name for path in tmp_path.iterdir()] == ["theirs.pt"]
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from common import (
     ROOT, SHORT, as_rank, at_step, encoded, free_port, in_process, log_of, losses_of, photo,
-    run_train, running, saved, signal_at, torchrun, train_script,
+    run_train, running, saved, signal_at, torchrun, train_script, two_processes,
 )
 
 import data
@@ -110,11 +110,13 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path, monkeypatch, capsy
     assert (tmp_path / "out").read_text() == "notes"
 
 
-def test_under_torchrun_a_refusal_is_printed_once(tmp_path):
+def test_one_process_of_several_prints_a_refusal(tmp_path):
+    """The other one finds that its partner is gone. (torchrun would end it before.)"""
     flags = [*SHORT, "--data", "nowhere", "--out_dir", tmp_path / "out"]
-    done = torchrun(2, ROOT / "train.py", *flags)
-    assert done.returncode != 0
-    assert (done.stdout + done.stderr).count("there is no file or folder") == 1
+    (status, _, error), (second_status, second_out, second_error) = two_processes(*flags)
+    assert status == 2 and len(error.splitlines()) == 1
+    assert "there is no file or folder" in error
+    assert second_status != 0 and "there is no file" not in second_out + second_error
     assert not (tmp_path / "out").exists()
 
 
@@ -188,12 +190,15 @@ def test_a_signal_during_an_evaluation_is_answered_at_once(tmp_path, monkeypatch
 
 
 def test_the_reader_of_the_output_can_go_away(tmp_path):
-    """bash's PIPESTATUS[0] is the status of train.py, which head leaves after two lines."""
-    command = f'"{sys.executable}" "{ROOT}/train.py" "$@" | head -2; exit ${{PIPESTATUS[0]}}'
+    """As `python train.py | head -2`."""
     flags = [*SHORT, "--samples", "16", "--val_data", some_images(tmp_path / "images")]
-    done = subprocess.run(["bash", "-c", command, "bash", *flags, "--out_dir", tmp_path / "out"],
-                          capture_output=True, text=True, timeout=200)
-    assert len(done.stdout.splitlines()) == 2 and done.returncode == 0 and done.stderr == ""
+    with running(*flags, "--out_dir", tmp_path / "out") as program:
+        program.stdout.readline()
+        program.stdout.readline()
+        program.stdout.close()
+        error = program.stderr.read()
+        program.process.join()
+    assert (program.process.exitcode, error) == (0, "")
     assert saved(tmp_path / "out")["step"] == 2
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from common import Malicious, ROOT, data, save_ours, small, small_batch, torchrun, train
+from common import Malicious, ROOT, data, save_ours, small, small_batch, train, two_processes
 
 from geometry import GEOMETRIES
 from model import CLIP, PRESETS, Config, load_model, pack_tokens
@@ -292,7 +292,6 @@ def test_presets_have_as_many_parameters_as_the_released_models():
 # two processes and GradCache, compared with one process that has the whole batch
 
 WORKER = """
-import sys
 sys.path.insert(0, {tests!r})
 import torch
 import torch.distributed as dist
@@ -308,6 +307,7 @@ if dist.get_rank() == 0:
     torch.save(results, {out!r})
 dist.barrier()
 dist.destroy_process_group()
+sys.exit()  # before the training starts
 """
 BACKWARDS = (0, 2)  # micro_batch; 0: the whole batch
 
@@ -337,9 +337,8 @@ def gradients_of(geometry, micro_batch):
 def test_two_processes_equal_one_and_gradcache_equals_the_whole_batch(tmp_path):
     """All losses and gradients agree to 1e-6, with entailment, in all geometries."""
     code = WORKER.format(tests=str(ROOT / "tests"), out=str(tmp_path / "result.pt"))
-    (tmp_path / "worker.py").write_text(code)
-    done = torchrun(2, tmp_path / "worker.py")
-    assert done.returncode == 0, done.stderr
+    (status, _, error), (second_status, _, _) = two_processes(code=code)
+    assert (status, second_status) == (0, 0), error
     results = torch.load(tmp_path / "result.pt")
     whole = {geometry: gradients_of(geometry, 0) for geometry in GEOMETRIES}
     for geometry, micro_batch in results:

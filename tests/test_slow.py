@@ -78,7 +78,7 @@ def twelve_samples():
 
 def one_epoch(source):
     """-> captions of the samples that came as they are, number of the others."""
-    samples = data.Samples(source, 0, 16, 0.9)
+    samples = data.Stream(source, 0, 16, 0.9)
     drawn = [samples[number] for number in range(len(source))]
     assert all(image.shape == (3, 16, 16) for image, _, _ in drawn)
     captions = [caption for _, caption, skipped in drawn if not skipped]
