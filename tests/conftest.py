@@ -3,7 +3,10 @@
 import signal
 
 import pytest
+import torch
 from common import shapes
+
+torch.set_num_threads(1)  # which is faster for models as small as these
 
 
 @pytest.fixture(autouse=True)

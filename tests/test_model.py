@@ -352,7 +352,7 @@ def test_two_processes_equal_one_and_gradcache_equals_the_whole_batch(tmp_path):
                 assert error < 1e-6, (geometry, micro_batch, name)
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("geometry", ["clip", "hyperbolic"])
 def test_torch_compile_makes_no_new_graph_for_another_number_of_tokens(geometry):
     graphs, counts = [], []
 

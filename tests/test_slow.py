@@ -152,6 +152,15 @@ def test_a_fuzzed_checkpoint_is_loaded_or_refused(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------
 
 
+def test_torchrun_shows_the_error_of_the_process_that_fails(tmp_path):
+    code = at_step(3, "if train.rank() == 1: raise RuntimeError('the disk is on fire')")
+    script = train_script(tmp_path / "failing.py", code)
+    done = torchrun(2, script, *SHORT, "--samples", 1_000_000, "--out_dir", tmp_path)
+    assert done.returncode != 0
+    root_cause = done.stderr[done.stderr.rindex("Root Cause") :]
+    assert "the disk is on fire" in root_cause
+
+
 @pytest.mark.parametrize("micro_batch", [0, 2])
 @pytest.mark.parametrize("geometry", ["clip", "euclidean", "hyperbolic"])
 def test_compiled_bfloat16_on_two_processes_follows_eager_float32(tmp_path, geometry, micro_batch):

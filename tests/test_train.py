@@ -267,8 +267,9 @@ def test_a_jump_of_the_learning_rate_is_announced_in_one_line(
     assert [("0.00035" in line, "0.001" in line) for line in lines] == [(True, True)] * jump
 
 
-@pytest.mark.parametrize("geometry", ["clip", "euclidean", "hyperbolic"])
-@pytest.mark.parametrize("source, workers", [("shapes", 0), ("shards", 2)])
+@pytest.mark.parametrize("geometry, source, workers", [
+    ("clip", "shapes", 0), ("euclidean", "shards", 2), ("hyperbolic", "shapes", 1),
+])
 def test_a_stopped_and_resumed_run_equals_the_undisturbed_one_bit_for_bit(
     tmp_path, geometry, source, workers, monkeypatch
 ):
