@@ -398,8 +398,18 @@ def bench_gpu():
                   f"{memory:8.1f} {loss_time / once:6.1%} | {N / from_loader:,.1f}")
 
 
-if __name__ == "__main__":
+def main():
+    parts = {name[6:]: part for name, part in globals().items() if name.startswith("bench_")}
+    parser = evaluate.Parser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(parts))
+    chosen = parser.parse_args().parts or [name for name in parts if name != "memory"]
+    if not set(chosen) <= set(parts):
+        parser.error(f"the parts are {', '.join(parts)}")
     where = torch.cuda.get_device_name() if GPU else f"{platform.machine()}, {os.cpu_count()} cores"
     print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads")
-    for part in sys.argv[1:] or ["loss", "steps", "images", "evaluate", "threads", "gather", "gpu"]:
-        globals()[f"bench_{part}"]()
+    for name in chosen:
+        parts[name]()
+
+
+if __name__ == "__main__":
+    main()
