@@ -99,8 +99,8 @@ class Attention(nn.Module):
             index, N, T = packing
             x = x.new_zeros(N * T, x.shape[1]).index_copy(0, index, x)  # each row in its place
             x = x.unflatten(0, (N, T))  # (N, T, 3C)
-        x = x.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, N, H, T, C/H)
-        q, k, v = x.unbind()
+        q, k, v = x.chunk(3, dim=2)  # (N, T, C) each
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x.transpose(1, 2).flatten(2)  # (N, T, C)
         if packing:
