@@ -169,7 +169,7 @@ def batches(samples, config, batch_size, crop_scale=0.9, seed=0, rank=0, world_s
         taken, bad = taken + len(images), sum(count for count, _ in all_skipped.values())
         if bad >= 100 and bad > 0.1 * (bad + taken):
             kind = ValueError if taken == len(images) else LoadingError  # ValueError: wrong data
-            raise kind(f"{bad:,} of {bad + taken:,} samples are bad: {describe(all_skipped)}")
+            raise kind(f"{bad:,} of {bad + taken:,} samples tried are bad: {describe(all_skipped)}")
         yield images, tokens, skipped
 
 # ---- below: vocabularies, decoding, and the files that samples come from -----------------------

@@ -331,7 +331,7 @@ def end(message, status=2):
     message of process 0 is enough: torchrun then ends the others while they wait here."""
     if os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
+        time.sleep(15)
     with suppress(OSError, AttributeError):
         print(message, file=sys.stderr, flush=True)
     sys.exit(status)

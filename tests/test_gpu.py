@@ -129,11 +129,12 @@ def count_as_several(folder):
     return folder / "train.py"
 
 
+@pytest.mark.seconds(900)
 def test_one_process_by_nccl_in_compiled_bfloat16_follows_one_without_a_group(tmp_path):
     script = count_as_several(tmp_path / "several")
     flags = [*FLAGS, *CONES, "--dtype", "bfloat16", "--compile"]
     env = {"PYTHONPATH": str(tmp_path / "several")}  # not this project's modules
-    done = torchrun(1, script, *flags, "--out_dir", tmp_path / "group", **env)
+    done = torchrun(1, script, *flags, "--out_dir", tmp_path / "group", timeout=850, **env)
     assert done.returncode == 0, done.stderr
     in_process(*FLOAT32, *CONES, "--out_dir", tmp_path / "alone")
     expected = losses_of(tmp_path / "alone")
