@@ -1,6 +1,6 @@
 """lab/: figures, the study's tables, benchmarks, the hierarchy of captions, converted checkpoints.
 
-lab/photos.py and lab/cifar10.py are not tested here."""
+test_photos.py tests lab/photos.py and lab/cifar10.py."""
 
 import json
 import math
