@@ -490,7 +490,7 @@ def report(log, step, steps, values, text):
     if rank() == 0:
         log.write(json.dumps({"step": step} | values).encode() + b"\n")
         log.flush()
-        line = f"step {step:{len(str(steps))}}/{steps}  {text}"
+        line = f"step {step}/{steps}  {text}"
         print0(textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False))
 
 def describe_step(values, cones, seconds_left):
