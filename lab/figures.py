@@ -177,7 +177,7 @@ def three_geometries(path):
     panels = [
         (140, great_circle, "sphere: CLIP", angle, "only the angle counts"),
         (420, np.array([image, text]) / 2, "plane: EuCLIP", flat, "the lengths count, too"),
-        (700, geodesic, "hyperbolic disc: MERU", curved, "turning costs more farther out"),
+        (700, geodesic, "hyperbolic disc: MERU", curved, "the cost of turning grows exponentially"),
     ]
     for cx, shortest, title, length, note in panels:
         points = [(cx + R * x, cy - R * y) for x, y in shortest]
