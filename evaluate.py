@@ -203,7 +203,7 @@ def retrieval(model, held_out, **loading):
     metrics = retrieval_metrics(model.similarity, images, texts, pairs)
     merged = held_out.samples > len(held_out.images) or len(pairs) > len(column)
     equal = f" (of {held_out.samples} samples; equal images and equal captions count once)"
-    what = f"{len(kept)} images, {len(column)} captions{equal * merged}, any match counts"
+    what = f"{len(kept)} images, {len(column)} captions{equal if merged else ''}, any match counts"
     return metrics | protocol(model, what, held_out.images, kept, held_out.skipped)
 
 def evaluate(model, held_out, **loading):

@@ -136,9 +136,10 @@ class Transformer(nn.Module):
     def forward(self, x, pool_index, packing=None):
         """x (N, T, C), or packed (R, C) -> (N, C), one token per sample: pool_index[n] is the row
         of sample n's token among all N * T or R rows. The last MLP computes only these rows."""
-        for block in self.resblocks[:-1]:
+        *blocks, last = self.resblocks  # a slice would make a new module at every step
+        for block in blocks:
             x = block(x, packing=packing)
-        return self.resblocks[-1](x, pool_index, packing)
+        return last(x, pool_index, packing)
 
 class VisionTransformer(nn.Module):
     def __init__(self, c):

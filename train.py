@@ -272,8 +272,9 @@ def train(c, checkpoint):
             seconds = time.monotonic() - since
             values |= {"waiting_for_data": waited / seconds, "skipped": skipped.total()}
             everyones = gather(values)
-            means = {name: sum(v[name] for v in everyones) / world_size() for name in values}
-            means |= {"skipped": sum(v["skipped"] for v in everyones), "lr": lr,
+            sums = {name: sum(v[name] for v in everyones) for name in values}
+            means = {name: value / world_size() for name, value in sums.items()}
+            means |= {"skipped": sums["skipped"], "lr": lr,
                       "samples_per_second": (done - counted) * c.batch_size / seconds,
                       "grad_norm": grad_norm.item()}
             left = (steps - done) / (done - counted) * seconds

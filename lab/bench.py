@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 from geometry import GEOMETRIES
 from lab import shapes
+from lab.cifar10 import add_file
 from model import CLIP, PRESETS, Config, pack_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -281,10 +282,8 @@ def write_shard(path, samples):
     """[(JPEG bytes, caption)] -> a tar shard; returns its path as a string."""
     with tarfile.open(path, "w") as tar:
         for i, (jpeg, caption) in enumerate(samples):
-            for name, content in ((f"{i}.jpg", jpeg), (f"{i}.txt", caption.encode())):
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+            add_file(tar, f"{i}.jpg", jpeg)
+            add_file(tar, f"{i}.txt", caption.encode())
     return str(path)
 
 
@@ -399,7 +398,9 @@ def bench_gpu():
 
 
 def main():
-    parts = {name[6:]: part for name, part in globals().items() if name.startswith("bench_")}
+    bench = "bench_"
+    parts = {name: part for name, part in globals().items() if name.startswith(bench)}
+    parts = {name.removeprefix(bench): part for name, part in parts.items()}
     parser = evaluate.Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(parts))
     chosen = parser.parse_args().parts or [name for name in parts if name != "memory"]

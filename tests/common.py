@@ -1,4 +1,4 @@
-"""What several test files need: a small model, pictures, tar shards, runs of train.py."""
+"""What several test files need: a small model, images, tar shards, runs of train.py."""
 
 import io
 import json
@@ -24,12 +24,14 @@ sys.path.insert(0, str(ROOT))
 import data
 import train
 from lab import shapes
+from lab.cifar10 import add_file
 from model import CLIP, Config
 
 SMALL = Config(
     image_size=16, patch_size=8, vision_width=64, vision_layers=2, text_width=64, text_layers=2,
     embed_dim=32, context_length=24, vision_heads=2, text_heads=2,
 )
+CONES = ["--geometry", "hyperbolic", "--entailment_weight", "0.2"]
 SHORT = ["--samples", "64", "--batch_size", "8", "--log_every", "1", "--save_every", "4",
          "--eval_every", "1000", "--workers", "0", "--device", "cpu"]  # 8 steps
 
@@ -80,18 +82,26 @@ def write_tar(path, members):
     """[(name, bytes)] -> a tar of exactly these members; returns its path as a string."""
     with tarfile.open(path, "w") as tar:
         for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+            add_file(tar, name, content)
     return str(path)
 
 
 def write_shard(path, samples):
-    """[(picture bytes, caption)] -> a tar in webdataset's layout; returns its path as a string."""
+    """[(image bytes, caption)] -> a tar in webdataset's layout; returns its path as a string."""
     members = []
-    for i, (picture, caption) in enumerate(samples):
-        members += [(f"{i:05d}.jpg", picture), (f"{i:05d}.txt", caption.encode())]
+    for i, (image, caption) in enumerate(samples):
+        members += [(f"{i:05d}.jpg", image), (f"{i:05d}.txt", caption.encode())]
     return write_tar(path, members)
+
+
+def status_of(main, monkeypatch, *args):
+    """Run the main function of a program with these flags, in this process -> its status."""
+    monkeypatch.setattr(sys, "argv", ["program.py", *map(str, args)])
+    try:
+        main()
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 def in_process(*args):
@@ -119,12 +129,14 @@ def call_main(args, code, env, stdout, stderr):
     torch.set_num_threads(1)
     shapes.HELD_OUT = 48
     exec(code, {"os": os, "signal": signal, "sys": sys, "time": time, "train": train})
-    train.main()
+    if args:
+        train.main()
 
 
 class Program:
     """train.py with these flags in a new process, on one thread, with few held-out shapes. It is a
-    fork of a server that has imported torch, so it starts at once. It first executes `code`."""
+    fork of a server that has imported torch, so it starts at once. It first executes `code`;
+    without flags, it does nothing else."""
 
     def __init__(self, *args, code="", **env):
         stdout, child_stdout = FORK_SERVER.Pipe(duplex=False)
@@ -221,11 +233,11 @@ def saved(folder):
 
 
 def some_shards(folder):
-    """Five tar shards, one of them cut off, with broken pictures -> a data source."""
+    """Five tar shards, one of them cut off, with broken images -> a data source."""
     for s in range(5):
-        pictures = [encoded(photo(48, 40 + i), "JPEG") for i in range(11)]
-        pictures[2 * s] = b"<html>"
-        path = write_shard(folder / f"{s}.tar", [(p, f"{s}, {i}") for i, p in enumerate(pictures)])
+        images = [encoded(photo(48, 40 + i), "JPEG") for i in range(11)]
+        images[2 * s] = b"<html>"
+        path = write_shard(folder / f"{s}.tar", [(x, f"{s}, {i}") for i, x in enumerate(images)])
     os.truncate(path, 20_000)
     return f"{folder}/{{0..4}}.tar"
 

@@ -5,7 +5,6 @@ import os
 import pickle
 import re
 import struct
-import sys
 from collections import OrderedDict
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from common import Malicious, ROOT, data, small, small_batch
+from common import Malicious, ROOT, data, small, small_batch, status_of
 from lab.convert import convert, main
 
 from geometry import GEOMETRIES
@@ -372,13 +371,7 @@ def test_a_full_disk_leaves_no_part_of_the_target(tmp_path, monkeypatch):
 @pytest.fixture
 def command(monkeypatch, capsys):
     def run(*args):
-        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, args)])
-        try:
-            main()
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
+        return status_of(main, monkeypatch, *args), *capsys.readouterr()
 
     return run
 

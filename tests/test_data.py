@@ -512,13 +512,13 @@ def test_every_line_of_a_text_is_a_caption_that_training_draws(tmp_path):
 
 
 def test_captions_are_cleaned_and_empty_ones_skipped(tmp_path):
-    raw = [b"", b" \n ", b"\xef\xbb\xbfBOM", b"one\0NUL", b"x" * 100_000, b"<|endoftext|>",
+    raw = [b"", b" \n ", b"a\tb", b"\xef\xbb\xbfBOM", b"one\0NUL", b"x" * 100_000, b"<|endoftext|>",
            "mis\x85decoded".encode()]
     members = []
     for i, text in enumerate(raw):
         members += [(f"{i}.jpg", jpeg(i)), (f"{i}.txt", text)]
     captions, skipped = pairs_of(write_tar(tmp_path / "a.tar", members))
-    assert captions == ["<|endoftext|>", "BOM", "mis\x85decoded", "one NUL", "x" * 10_000]
+    assert captions == ["<|endoftext|>", "BOM", "a\tb", "mis\x85decoded", "one NUL", "x" * 10_000]
     assert skipped == {"NoCaption": 2}
 
 
@@ -528,7 +528,8 @@ NOT_UTF8 = {
     "UTF-16-BE": "a red circle".encode("utf-16-be"),
     "UTF-16-LE of one letter": "a".encode("utf-16-le"),
     "UTF-16-LE in Russian": "красный круг".encode("utf-16-le"),
-    "UTF-16-LE in Hindi": "लाल वृत्त".encode("utf-16-le"),  # every second byte is 9, a tab
+    # Every second byte is 9, a tab.
+    "UTF-16-LE in Hindi": "लाल वृत्त".encode("utf-16-le"),
     "UTF-16-LE in Chinese": "红色的圆圈".encode("utf-16-le"),
     "UTF-32": "a red circle".encode("utf-32"),
     "UTF-32-BE": "a red circle".encode("utf-32-be"),
@@ -897,6 +898,11 @@ OTHER_FILES = {
     "a.zip": zipped(),
     "a.jsonl": b'{"url": "a.jpg", "caption": "red"}\n' * 99,
     "a.jpg": JPEG,
+    "a.png": encoded(photo(48, 40)),
+    "a.webp": encoded(photo(48, 40), "WEBP"),
+    "a.gif": encoded(photo(48, 40), "GIF"),
+    "a.bmp": encoded(photo(48, 40), "BMP"),
+    "a.tiff": encoded(photo(48, 40), "TIFF"),
     "empty.tar": b"",
     "attribute.tar": tar_header(tarfile.XHDTYPE, 25, b"9" * 20 + b" a=b\n"),
     "random.tar": random.Random(0).randbytes(2000),

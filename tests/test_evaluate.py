@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from common import data, encoded, photo, run_train, save_ours, shapes, small, write_tar
+from common import data, encoded, photo, run_train, save_ours, shapes, small, status_of, write_tar
 from PIL import Image
 
 import evaluate
@@ -644,13 +644,7 @@ RECALLS = SEVEN[:6]
 
 def command(monkeypatch, *flags):
     """evaluate.py as a program, in this process -> its exit status."""
-    flags = [*map(str, flags), "--workers", "0", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
-    try:
-        evaluate.main()
-    except SystemExit as end:
-        return end.code
-    return 0
+    return status_of(evaluate.main, monkeypatch, *flags, "--workers", 0, "--device", "cpu")
 
 
 def test_the_command_prints_tables_with_chance_and_writes_json(
@@ -678,7 +672,6 @@ import evaluate
 {before}
 sys.argv = ["evaluate.py", *{args}]
 evaluate.main()
-sys.exit()  # before the training starts
 """
 
 

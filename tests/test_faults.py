@@ -18,7 +18,7 @@ import pytest
 import torch
 from common import (
     ROOT, SHORT, as_rank, at_step, encoded, free_port, in_process, log_of, losses_of, photo,
-    run_train, running, saved, signal_at, two_processes,
+    run_train, running, saved, signal_at, status_of, two_processes,
 )
 
 import data
@@ -33,12 +33,7 @@ STOPPING = "stopping after this step; Ctrl-C again ends at once"
 
 def main(monkeypatch, *args):
     """train.py as from the command line, in this process -> its status."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
-    try:
-        train.main()
-    except SystemExit as end:
-        return end.code
-    return 0
+    return status_of(train.main, monkeypatch, *args)
 
 
 def some_images(folder, good=8, broken=0):

@@ -12,7 +12,8 @@ import pytest
 import test_geometry
 import torch
 from common import (
-    ROOT, SHORT, in_process, losses_of, saved, signal_at, small, small_batch, some_shards, torchrun,
+    CONES, ROOT, SHORT, in_process, losses_of, saved, signal_at, small, small_batch, some_shards,
+    torchrun,
 )
 
 import evaluate
@@ -26,7 +27,6 @@ pytestmark = [
 ]
 FLAGS = [*SHORT, "--device", DEVICE, "--lr", "1e-4"]
 FLOAT32 = [*FLAGS, "--dtype", "float32", "--no-compile"]
-CONES = ["--geometry", "hyperbolic", "--entailment_weight", "0.2"]
 
 
 @pytest.mark.parametrize("case", test_geometry.CASES)

@@ -2,11 +2,10 @@
 
 import json
 import math
-import sys
 
 import pytest
 import torch
-from common import save_ours, shapes, small
+from common import save_ours, shapes, small, status_of
 
 from lab import hierarchy
 
@@ -84,12 +83,7 @@ def test_held_out_captions_are_a_hierarchy_of_true_descriptions(few_held_out):
 
 def command(monkeypatch, *args):
     """Execute python -m lab.hierarchy in this process -> its exit status."""
-    monkeypatch.setattr(sys, "argv", ["hierarchy.py", *map(str, args)])
-    try:
-        hierarchy.main()
-    except SystemExit as end:
-        return end.code
-    return 0
+    return status_of(hierarchy.main, monkeypatch, *args)
 
 
 @pytest.mark.parametrize("geometry", ["clip", "hyperbolic"])

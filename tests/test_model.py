@@ -307,7 +307,6 @@ if dist.get_rank() == 0:
     torch.save(results, {out!r})
 dist.barrier()
 dist.destroy_process_group()
-sys.exit()  # before the training starts
 """
 BACKWARDS = (0, 2)  # micro_batch; 0: the whole batch
 

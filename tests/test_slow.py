@@ -7,8 +7,8 @@ import time
 
 import pytest
 from common import (
-    SHORT, at_step, encoded, in_process, losses_of, photo, run_train, running, same_weights, saved,
-    torchrun, train_script, write_tar,
+    ROOT, SHORT, at_step, encoded, in_process, losses_of, photo, run_train, running, same_weights,
+    saved, torchrun, train_script, write_tar,
 )
 
 import data
@@ -150,6 +150,15 @@ def test_a_fuzzed_checkpoint_is_loaded_or_refused(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------
+
+
+def test_under_torchrun_a_refusal_is_printed_once(tmp_path):
+    for flags, message in ((["--data", "nowhere"], "there is no file or folder"),
+                           (["--no_such_flag", "1"], "unrecognized arguments")):
+        done = torchrun(2, ROOT / "train.py", *SHORT, *flags, "--out_dir", tmp_path / "out")
+        assert done.returncode != 0
+        assert (done.stdout + done.stderr).count(message) == 1
+        assert not (tmp_path / "out").exists()
 
 
 def test_torchrun_shows_the_error_of_the_process_that_fails(tmp_path):

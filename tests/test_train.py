@@ -9,8 +9,8 @@ from dataclasses import fields
 import pytest
 import torch
 from common import (
-    SHORT, at_step, encoded, in_process, log_of, losses_of, photo, run_train, same_weights, saved,
-    save_ours, signal_at, small, some_shards, two_processes,
+    CONES, SHORT, at_step, encoded, in_process, log_of, losses_of, photo, run_train, same_weights,
+    saved, save_ours, signal_at, small, some_shards, two_processes,
 )
 
 import train
@@ -18,7 +18,6 @@ from data import shuffled
 from model import load_model
 
 pytestmark = pytest.mark.usefixtures("few_held_out")
-CONES = ["--geometry", "hyperbolic", "--entailment_weight", "0.2"]
 STOPPED = "stopped after step {}; resume the run with --resume"
 
 # ------------------------------------------------------------------------------------------------
