@@ -32,9 +32,8 @@ import signal
 import sys
 import tarfile
 import tempfile
-from array import array
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -45,8 +44,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-# ------------------------------------------------------------------------------------------------
-# captions and images
+# ---- captions and images -----------------------------------------------------------------------
 
 def tokenize(texts, tokenizer, context_length=77):
     """One or N strings -> int64 (N, context_length): start, ids, end, zeros. Long texts are cut but
@@ -103,8 +101,7 @@ def load_training_crop(image, size, scale, rng):
     box = random_box(*image.size, scale, rng)
     return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=1.0))
 
-# ------------------------------------------------------------------------------------------------
-# the training stream: an endless sequence of samples, in which every position is independent
+# ---- the training stream: an endless sequence of samples, in which every position is independent 
 
 def shuffled(number, count, seed, block=2**16):
     """Position in the endless stream -> index of a sample. Every epoch contains every sample once.
@@ -249,9 +246,6 @@ def find_tokenizer(name):
     """bytes, clip, or a name known to tiktoken -> (function: text to ids, V). Raises ValueError."""
     if name == "bytes":
         return lambda text: list(text.encode("utf-8", errors="replace")), 256 + 2
-    if name not in ["clip", *tiktoken.list_encoding_names()]:
-        choices = ", ".join(tiktoken.list_encoding_names())
-        raise ValueError(f"no tokenizer {name!r}; choose one of bytes, clip, {choices}")
     where = f"vocabulary {name} (TIKTOKEN_CACHE_DIR={os.environ.get('TIKTOKEN_CACHE_DIR', '')})"
     print0(f"loading or fetching the {where}")
     if name == "clip":
@@ -334,8 +328,7 @@ def read_lines(path):
     with reading(path):
         return read_captions(path)
 
-# ------------------------------------------------------------------------------------------------
-# sources
+# ---- sources -----------------------------------------------------------------------------------
 
 @dataclass
 class HeldOut:
@@ -344,29 +337,25 @@ class HeldOut:
     images: list  # N image sources
     captions: list  # M strings
     pairs: list  # (index of an image, index of one of its captions)
-    samples: int  # number of samples before equal images were merged
-    skipped: dict = field(default_factory=dict)
+    skipped: dict  # files and samples, see `add_skip`
     classes: tuple | None = None  # images, labels, names, templates for zero-shot classification
 
 class Source:
-    """A list of samples (path of an image below `folder`, captions). Subclasses read or draw their
-    samples, whereas this class stores them in one byte string. It has no reference counts to
-    update, so the loading workers share its memory."""
+    """A list of samples (path of an image below `folder`, captions), and which files were skipped.
+    Subclasses read or draw their samples, whereas this class stores them in one byte string. It has
+    no reference counts to update, so the loading workers share its memory."""
 
-    def __init__(self, samples, folder=""):
-        self.text, self.ends, self.folder = bytearray(), array("q", [0]), folder
-        for sample in samples:
-            text = json.dumps(sample, ensure_ascii=False, separators=(",", ":"))
-            self.text += text.encode("utf-8", "surrogatepass")  # file names may not be UTF-8
-            self.ends.append(len(self.text))
+    def __init__(self, samples, folder="", skipped=None):
+        rows = [json.dumps(sample).encode() for sample in samples]
+        self.text, self.ends = b"".join(rows), np.cumsum([0, *map(len, rows)])
+        self.folder, self.skipped = folder, skipped or {}
 
     def __len__(self):
         return len(self.ends) - 1
 
     def __getitem__(self, i):
         """-> image source, captions."""
-        text = self.text[self.ends[i] : self.ends[i + 1]].decode("utf-8", "surrogatepass")
-        image, captions = json.loads(text)
+        image, captions = json.loads(self.text[self.ends[i] : self.ends[i + 1]])
         return os.path.join(self.folder, image), captions
 
     def name(self, i):
@@ -383,7 +372,7 @@ class Source:
     def held_out(self):
         """-> HeldOut. An image is its content: equal images (same bytes) become one image with all
         their captions, and equal captions become one caption, right for each of its images."""
-        images, captions, pairs, skipped = {}, {}, {}, {}
+        images, captions, pairs, skipped = {}, {}, {}, merge_skips([self.skipped])
         for i in range(len(self)):
             try:
                 image, texts = self[i]
@@ -396,35 +385,26 @@ class Source:
                 pairs[row, captions.setdefault(text, len(captions))] = None
         if not pairs:
             raise ValueError(f"no image with a caption; skipped: {describe(skipped)}")
-        samples = len(self) - sum(count for count, _ in skipped.values())
-        images = [image for _, image in images.values()]
-        return HeldOut(images, list(captions), list(pairs), samples, skipped)
+        return HeldOut([image for _, image in images.values()], [*captions], [*pairs], skipped)
 
 def open_source(source):
-    """-> Source, {kind: [number of skipped files, the first]}. Raises ValueError, OSError or
-    LoadingError."""
+    """-> Source. Raises ValueError, OSError or LoadingError."""
     if source == "shapes":
         from lab.shapes import Shapes
 
-        return Shapes(), {}
+        return Shapes()
     if "://" in source or source.startswith("pipe:"):
         raise ValueError(f"{source} is not on this machine; download or mount it first")
     if os.path.isdir(source):
-        samples, skipped = read_folder(source)
+        samples = read_folder(source)
     elif source.lower().endswith((".csv", ".tsv")):
-        samples, skipped = read_csv(source), {}
+        samples = read_csv(source)
     else:
-        samples, skipped = open_shards(expand_shards(source))
+        samples = Shards(expand_shards(source))
     if len(samples) == 0:
-        raise ValueError(f"no image with a caption in {source}; skipped: {describe(skipped)}")
-    return samples, skipped
-
-def open_held_out(source):
-    """-> HeldOut. Raises what `open_source` raises."""
-    samples, skipped = open_source(source)
-    held_out = samples.held_out()
-    held_out.skipped = merge_skips([skipped, held_out.skipped])
-    return held_out
+        skipped = describe(samples.skipped)
+        raise ValueError(f"no image with a caption in {source}; skipped: {skipped}")
+    return samples
 
 def list_files(folder):
     """-> sorted names of all files below the folder, relative to it. Links to folders are followed,
@@ -461,7 +441,7 @@ def pair_up(names):
     return pairs, skipped
 
 def read_folder(folder):
-    """-> Source, skipped files. Raises ValueError."""
+    """-> Source. Raises ValueError."""
     pairs, skipped = pair_up(list_files(folder))
     if ".tar file" in skipped:
         raise ValueError(f"{folder} contains tar shards; use '{os.path.join(folder, '*.tar')}'")
@@ -471,15 +451,13 @@ def read_folder(folder):
             samples.append((image, read_captions(os.path.join(folder, text), in_json)))
         except Exception as error:
             add_skip(skipped, type(error).__name__, text)
-    return Source(samples, folder), skipped
+    return Source(samples, folder, skipped)
 
 # A field in quotation marks with a later line that names an image has swallowed other rows.
 SWALLOWED = re.compile(r"[\r\n].*\.(jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
 
-def read_csv(path):
-    """-> Source. In a file with tabs, quotation marks have no special meaning. Names of images are
-    relative to the list's folder if any of the first hundred exists there, else to the current
-    folder. Raises ValueError."""
+def csv_rows(path):
+    """Yields (filepath, title). In a file with tabs, quotation marks have no special meaning."""
     tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     commas = {"strict": True, "skipinitialspace": True}
     with reading(path), open(path, newline="", encoding="utf-8-sig") as file:
@@ -487,23 +465,22 @@ def read_csv(path):
         file.seek(0)
         table = csv.DictReader(file, **(tabs if "\t" in header else commas))
         try:
-            if not {"filepath", "title"} <= set(table.fieldnames or ()):
-                raise ValueError(f"columns {table.fieldnames}; filepath and title are needed")
-            samples = Source(csv_rows(table), os.path.dirname(path))
+            for row in table:
+                if None in row or any(SWALLOWED.search(field or "") for field in row.values()):
+                    raise ValueError("more fields than columns, or an unclosed quotation mark")
+                yield (row["filepath"] or "").strip(), row["title"] or ""
         except Exception as error:
-            raise ValueError(f"line {table.reader.line_num}: {error}") from None
+            raise ValueError(f"line {table.reader.line_num}: {error!r}") from None
+
+def read_csv(path):
+    """-> Source. Names of images are relative to the list's folder if any of the first hundred
+    exists there, else to the current folder. Raises ValueError."""
+    samples = Source(csv_rows(path), os.path.dirname(path))
     if not any(os.path.isfile(samples.name(i)) for i in range(min(100, len(samples)))):
         samples.folder = ""
     return samples
 
-def csv_rows(table):
-    for row in table:
-        if None in row or any(SWALLOWED.search(field or "") for field in row.values()):
-            raise ValueError("more fields than columns, or a quotation mark that never closes")
-        yield (row["filepath"] or "").strip(), row["title"] or ""
-
-# ------------------------------------------------------------------------------------------------
-# tar shards
+# ---- tar shards --------------------------------------------------------------------------------
 
 def expand_shards(source):
     """'a/{000..127}.tar', a glob, or several joined by :: -> list of files. Raises ValueError if a
@@ -577,10 +554,14 @@ def summarize_shard(path):
     return len(index["rows"]), index["skipped"]
 
 class Shards(Source):
-    """The samples of tar shards, one shard after the other."""
+    """The samples of tar shards, one shard after the other. Raises LoadingError or OSError."""
 
-    def __init__(self, paths, counts):
-        self.paths, self.ends = paths, np.cumsum(counts)
+    def __init__(self, paths):
+        load_index.cache_clear()
+        print0(f"reading the index of {len(paths):,} shards")
+        workers = min(len(paths), cores(16))
+        counts, skips = zip(*load(paths, summarize_shard, batch_size=None, num_workers=workers))
+        self.paths, self.ends, self.skipped = paths, np.cumsum(counts), merge_skips(skips)
 
     def __len__(self):
         return int(self.ends[-1])
@@ -598,19 +579,7 @@ class Shards(Source):
         offset, size, text_offset, text_size, in_json = load_index(path)["rows"][row].tolist()
         return (path, offset, size), read_captions((path, text_offset, text_size), in_json)
 
-def open_shards(paths):
-    """-> Shards, skipped members. Raises LoadingError, OSError."""
-    counts, skipped, workers = [], [], min(len(paths), cores(16))
-    load_index.cache_clear()
-    for count, skipped_here in load(paths, summarize_shard, batch_size=None, num_workers=workers):
-        counts.append(count)
-        skipped.append(skipped_here)
-        if len(counts) % 100 == 0:
-            print0(f"{len(counts):,} of {len(paths):,} shards indexed")
-    return Shards(paths, counts), merge_skips(skipped)
-
-# ------------------------------------------------------------------------------------------------
-# loading workers
+# ---- loading workers ---------------------------------------------------------------------------
 
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP")
 

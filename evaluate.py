@@ -36,11 +36,10 @@ from model import load_model
 
 PROMPTS = ["a photo of a {}.", "a picture of a {}.", "a close-up photo of a {}.",
            "a good photo of the {}.", "a drawing of a {}."]
-RECALLS = [[f"{direction}_r{k}" for k in (1, 5, 10)] for direction in ("i2t", "t2i")]
+RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
 STEPS = 50  # points on a path to the root, as in MERU
 
-# ------------------------------------------------------------------------------------------------
-# metrics: all are fractions of 1, or None if undefined
+# ---- metrics: all are fractions of 1, or None if undefined -------------------------------------
 
 @torch.no_grad()
 def wrong_before_right(similarity, queries, candidates, matches):
@@ -124,8 +123,7 @@ def traverse(model, images, texts, min_radius=None):
         found.append([(nearest.index(text), text) for text in dict.fromkeys(nearest)])
     return found
 
-# ------------------------------------------------------------------------------------------------
-# embeddings
+# ---- embeddings --------------------------------------------------------------------------------
 
 def load_images(size, sources):
     """Image sources -> uint8 (N, 3, size, size), which of them are readable (N,)."""
@@ -175,8 +173,7 @@ def embed_classes(model, names, templates):
     prompts = embed_texts(model, prompts).unflatten(0, (len(templates), len(names)))
     return model.geometry.project(prompts.mean(0))
 
-# ------------------------------------------------------------------------------------------------
-# tasks: metrics of a model, and a sentence that states the evaluation protocol
+# ---- tasks: metrics of a model, and a sentence that states the evaluation protocol -------------
 
 def protocol(model, what, images, kept, skipped=None):
     ranked = f"{what}, ranked by {model.config.geometry}/{model.config.logit}"
@@ -201,17 +198,16 @@ def retrieval(model, held_out, **loading):
     texts = embed_texts(model, [held_out.captions[text] for text in column])
     pairs = torch.tensor([(image, column[text]) for image, text in pairs])
     metrics = retrieval_metrics(model.similarity, images, texts, pairs)
-    merged = held_out.samples > len(held_out.images) or len(pairs) > len(column)
-    equal = f" (of {held_out.samples} samples; equal images and equal captions count once)"
-    what = f"{len(kept)} images, {len(column)} captions{equal if merged else ''}, any match counts"
+    what = (f"{len(kept)} images, {len(column)} captions, any match counts, equal images and equal "
+            "captions count once")
     return metrics | protocol(model, what, held_out.images, kept, held_out.skipped)
 
 def evaluate(model, held_out, **loading):
     """data.HeldOut -> {task: results}."""
-    results = {"retrieval": retrieval(model, held_out, **loading)}
+    results = {}
     if held_out.classes:
         results["zero_shot"] = zero_shot(model, *held_out.classes, **loading)
-    return results
+    return results | {"retrieval": retrieval(model, held_out, **loading)}
 
 def held_out_source(train_config):
     """Flags of a training run -> the source of its held-out data, or None."""
@@ -275,19 +271,16 @@ def class_folders(folder, classnames=None, templates=None):
 
 def karpathy_split(path, folder, split):
     """Karpathy JSON -> data.HeldOut of a split. Raises ValueError."""
-    samples, splits, entry = [], Counter(), None
+    samples, splits = [], Counter()
     with data.reading(path):
-        entries = json.loads(Path(path).read_bytes())["images"]
-        try:
-            for entry in entries:
+        for entry in json.loads(Path(path).read_bytes())["images"]:
+            with data.reading(f"entry {entry!r:.200}"):
                 splits[entry["split"]] += 1
                 if entry["split"] == split:
                     captions = [sentence["raw"].strip() for sentence in entry["sentences"]]
                     nested = Path(folder, entry.get("filepath") or "", entry["filename"])
                     flat = Path(folder, entry["filename"])
                     samples.append((str(nested if nested.exists() else flat), captions))
-        except Exception as error:
-            raise ValueError(f"entry {json.dumps(entry):.200}: {error}") from None
     missing = [image for image, _ in samples if not os.path.exists(image)]
     if missing:
         raise ValueError(f"{len(missing)} of {len(samples)} images do not exist: {missing[0]}")
@@ -296,26 +289,16 @@ def karpathy_split(path, folder, split):
     return data.Source(samples).held_out()
 
 def print_results(results):
-    for task, heads, rows in (
-        ("zero_shot", "   top-1   top-5   per class",
-         [("accuracy %", ["top1", "top5", "mean_per_class_recall"])]),
-        ("retrieval", "     R@1     R@5    R@10",
-         [("image to text %", RECALLS[0]), ("text to image %", RECALLS[1])]),
-    ):
-        if metrics := results.get(task):
-            print0(f"{task}: {metrics['protocol']}\n{'':19}{heads}")
-            for title, names in rows:
-                print_row(title, [metrics[name] for name in names])
-                print_row("chance %", [metrics["chance"][name] for name in names])
-    if traversal := results.get("traversal"):
-        print0(f"traversal: {traversal['protocol']}")
-        for image, path in traversal["retrieved"].items():
+    for task, metrics in results.items():
+        print0(f"{task}: {metrics['protocol']}")
+        for name, chance in metrics.get("chance", {}).items():
+            print0(f"  {name:21} {percent(metrics[name])}   chance {percent(chance)}")
+        for image, path in metrics.get("retrieved", {}).items():
             captions = [f"\n  {position:4.0%}  {caption}" for position, caption in path]
             print0(image + "".join(captions))
 
-def print_row(title, values):
-    cells = ["       -" if value is None else f"{100 * value:8.1f}" for value in values]
-    print0(f"  {title:17}{''.join(cells)}")
+def percent(value):
+    return "      -" if value is None else f"{100 * value:5.1f} %"
 
 def pick_device(name=None):
     """A name, or None for the best device -> torch.device. Raises ValueError if it is missing."""
@@ -408,10 +391,10 @@ def run(args):
         if source is None:
             raise ValueError(f"{args.checkpoint} names no held-out data; add --val_data SOURCE, "
                              "--retrieval JSON --images DIR or --classification DIR")
-        results |= evaluate(model, data.open_held_out(source), **loading)
+        results |= evaluate(model, data.open_source(source).held_out(), **loading)
     if args.json:  # first, because printing may fail
         nothing = {"zero_shot": dict.fromkeys(("top1", "top5", "classes")),
-                   "retrieval": dict.fromkeys(RECALLS[0] + RECALLS[1])}  # null for skipped tasks
+                   "retrieval": dict.fromkeys(RECALLS)}  # null for tasks that did not run
         Path(args.json).write_text(json.dumps(nothing | results, indent=1) + "\n")
     print0(f"images: shorter side resized to {model.config.image_size}, centre crop; towers in "
            f"{args.dtype}; ties count against us")

@@ -75,8 +75,7 @@ PRESETS = {
     "ViT-L-14": dict(zip(SIZES, (224, 14, 1024, 24, 768, 12, 768))),
 }
 
-# ------------------------------------------------------------------------------------------------
-# the transformer that both towers share
+# ---- the transformer that both towers share ----------------------------------------------------
 
 class Attention(nn.Module):
     def __init__(self, width, heads, causal):

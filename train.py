@@ -90,11 +90,7 @@ class TrainConfig:
     compile: bool | None = flag(None, "use torch.compile; default: on cuda, but not for tiny")
     workers: int | None = flag(None, "loading workers per process; default: its cores, at most 32")
 
-GROUPS = {"geometry": "model", "data": "data", "batch_size": "optimizer", "out_dir": "run",
-          "device": "machine"}  # the first flag of each group in --help
-
-# ------------------------------------------------------------------------------------------------
-# the parts of a step
+# ---- the parts of a step -----------------------------------------------------------------------
 
 def learning_rate(step, steps, peak, warmup):
     if step < warmup:
@@ -170,8 +166,7 @@ def gradcache_backward(net, model, parts, autocast, *loss_args):
         torch.autograd.backward(outputs, grads)
     return metrics
 
-# ------------------------------------------------------------------------------------------------
-# the training
+# ---- the training ------------------------------------------------------------------------------
 
 def train(c, checkpoint):
     """Start a run, or resume the run of a checkpoint (a new run: {}). Raises ValueError or OSError
@@ -202,9 +197,9 @@ def train(c, checkpoint):
     # data: process 0 indexes the shards, and then the other processes read its index
     if not main_process:
         barrier()
-    samples, skipped_files = data.open_source(c.data)
+    samples = data.open_source(c.data)
     val_data = evaluate.held_out_source(asdict(c))
-    held_out = data.open_held_out(val_data) if val_data and main_process else None
+    held_out = data.open_source(val_data).held_out() if val_data and main_process else None
     if main_process:
         barrier()
     check_equal(len(samples), f"numbers of samples in {c.data}")
@@ -220,7 +215,7 @@ def train(c, checkpoint):
     skipped = Counter(checkpoint.get("skipped", {}) if main_process else {})  # of this process
 
     log = open_log(path.with_name("log.jsonl"), start) if main_process else None
-    print_start(c, model, device, steps, checkpoint, samples, skipped_files)
+    print_start(c, model, device, steps, checkpoint, samples)
     catch_signals(stop)
     began = since = time.monotonic()
     counted, waited = start, 0.0  # since the last report: its step, seconds of waiting for data
@@ -300,11 +295,10 @@ def parse_args(argv=None):
     contain come from the checkpoint. Raises ValueError."""
     parser = evaluate.Parser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     for f in fields(TrainConfig):
-        group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
         kind = getattr(f.type, "__args__", [f.type])[0]  # of str | None: str
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
-        group.add_argument(f"--{f.name}", help=text, default=f.default, **how)
+        parser.add_argument(f"--{f.name}", help=text, default=f.default, **how)
     c = TrainConfig(**vars(parser.parse_args(argv)))
     path = Path(c.out_dir, "ckpt.pt")
     if os.path.exists(c.out_dir) and not os.path.isdir(c.out_dir):
@@ -457,34 +451,27 @@ def save(path, model, optimizer, c, step, skipped, data_size):
                  "skipped": dict(skipped), "data_size": data_size,
                  "epoch": 0}  # open_clip reads the epoch
         temporary = path.with_suffix(".tmp")
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except (RuntimeError, OSError) as error:  # torch raises RuntimeError if the disk is full
-            raise OSError(f"cannot write {path}, which is as before: {error}") from None
+        with data.reading(f"cannot write {path}"), open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     barrier()  # wait until the file exists
 
-def print_start(c, model, device, steps, checkpoint, samples, skipped_files):
+def print_start(c, model, device, steps, checkpoint, samples):
     flags = " ".join(f"{name}={value}" for name, value in asdict(c).items() if value is not None)
     print0(textwrap.fill(flags, 100))
     count = sum(p.numel() for p in model.parameters())
     print0(f"torch {torch.__version__}, {device}, {world_size()} processes, {count:,} parameters")
-    print0(f"{c.data}: {samples}; skipped: {data.describe(skipped_files)}")
+    print0(f"{c.data}: {samples}; skipped: {data.describe(samples.skipped)}")
     print0(f"chance level of the loss: ln({c.batch_size}) = {math.log(c.batch_size):.3f}")
     if len(samples) < c.batch_size:
         floor = math.log(c.batch_size / len(samples))
         print0(f"warning: batches repeat samples, so the loss stays above {floor:.2f}")
     if checkpoint:
-        step, before = checkpoint["step"], checkpoint["train_config"]
-        total = before["samples"] // before["batch_size"]
-        old = learning_rate(step, total, before["lr"], before["warmup"])
+        step, old = checkpoint["step"], checkpoint["optimizer"]["param_groups"][0]["lr"]
         new = learning_rate(step, steps, c.lr, c.warmup)
-        jump = not math.isclose(old, new, rel_tol=0.01)
-        change = f"; the flags change the learning rate from {old:.2g} to {new:.2g}" if jump else ""
-        print0(f"resuming after step {step}{change}")
+        print0(f"resuming after step {step}; learning rate {old:.2g} before, {new:.2g} now")
 
 def report(log, step, steps, values, text):
     """Report `values` in log.jsonl for programs, and the text on stdout for people."""
@@ -514,8 +501,7 @@ def evaluate_held_out(model, held_out, workers):
     for task in results.values():
         values |= {f"val_{name}": v for name, v in task.items() if isinstance(v, float)}
     top1 = f"  top-1 {values['val_top1']:.1%}" if "val_top1" in values else ""
-    recalls = f"{values['val_i2t_r1']:.1%} / {values['val_t2i_r1']:.1%}"
-    return values, f"held out: R@1 {recalls}{top1}"
+    return values, f"R@1 {values['val_i2t_r1']:.1%} / {values['val_t2i_r1']:.1%}{top1}"
 
 @record  # lets torchrun show the traceback of the first process that fails
 def main():

@@ -358,7 +358,7 @@ def bench_gpu():
     steps = 20 if GPU else 1
     with tempfile.TemporaryDirectory() as folder:
         samples = [(jpegs[i % len(jpegs)], f"a photo {i:04}") for i in range(8192 if GPU else 64)]
-        source, _ = data.open_source(write_shard(Path(folder, "0.tar"), samples))
+        source = data.open_source(write_shard(Path(folder, "0.tar"), samples))
         for name, N in cases:
             torch.manual_seed(0)
             model = CLIP(Config(**PRESETS[name], tokenizer="bytes", vocab_size=258)).to(DEVICE)

@@ -271,7 +271,7 @@ class Subject:
             self.sources = [shapes.held_out_image(i) for i in range(N, 2 * N)]
             self.images, texts = hierarchy.embed_hierarchy(model)
         else:
-            held_out = data.open_held_out(source)
+            held_out = data.open_source(source).held_out()
             first = {image: text for image, text in reversed(held_out.pairs)}
             self.images, kept = evaluate.embed_images(model, held_out.images)
             self.sources = [held_out.images[i] for i in kept]

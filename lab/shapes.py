@@ -168,4 +168,4 @@ class Shapes(data.Source):
         labels = [first % len(SHAPE_CLASSES) for first, _, _ in held_out_scenes()[:HELD_OUT]]
         classes = ones, labels, SHAPE_CLASSES, SHAPE_TEMPLATES
         pairs = [(i, i) for i in range(HELD_OUT)]
-        return data.HeldOut(twos, captions, pairs, HELD_OUT, classes=classes)
+        return data.HeldOut(twos, captions, pairs, {}, classes)

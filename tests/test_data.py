@@ -57,7 +57,7 @@ def counts(skipped):
 
 def pairs_of(source):
     """-> sorted captions of a source, what was skipped."""
-    held_out = data.open_held_out(str(source))
+    held_out = data.open_source(str(source)).held_out()
     return sorted(held_out.captions), counts(held_out.skipped)
 
 
@@ -78,8 +78,8 @@ def test_the_end_token_survives_truncation_and_is_the_only_one():
         assert (tokens == 257).sum() == 1 and tokens.max() == 257
 
 
-def test_unknown_tokenizers_are_refused_with_the_choices():
-    with pytest.raises(ValueError, match="bytes, clip, .*gpt2"):
+def test_unknown_tokenizers_are_refused():
+    with pytest.raises(ValueError, match="vocabulary no such.*Unknown encoding"):
         tokenize("x", "no such", 5)
 
 
@@ -452,7 +452,7 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     for s in range(3):
         write_shard(folder / f"{s}.tar", [(JPEG, f"shard {s} sample {i}") for i in range(8)])
-    return data.open_source(f"{folder}/{{0..2}}.tar")[0]
+    return data.open_source(f"{folder}/{{0..2}}.tar")
 
 
 ALL = sorted(f"shard {i // 8} sample {i % 8}" for i in range(24))
@@ -493,7 +493,7 @@ def test_tokens_are_cut_to_a_few_lengths():
 
 def test_a_data_set_can_be_pickled(shards, tmp_path):
     folder = write_files(tmp_path, {"a.jpg": JPEG, "a.txt": "one\ntwo"})
-    for source in (shapes.Shapes(), shards, data.open_source(folder)[0]):
+    for source in (shapes.Shapes(), shards, data.open_source(folder)):
         samples = data.Stream(source, 0, 16, 0.9)
         copy = pickle.loads(pickle.dumps(samples))
         assert torch.equal(copy[3][0], samples[3][0]) and copy[3][1:] == samples[3][1:]
@@ -504,7 +504,7 @@ def test_a_data_set_can_be_pickled(shards, tmp_path):
 
 def test_every_line_of_a_text_is_a_caption_that_training_draws(tmp_path):
     folder = write_files(tmp_path, {"a.jpg": JPEG, "a.txt": "\ufeffone\n\n two\r\nthree\n"})
-    samples = data.Stream(data.open_source(folder)[0], 0, 16, 0.9)
+    samples = data.Stream(data.open_source(folder), 0, 16, 0.9)
     drawn = [samples[number][1] for number in range(30)]
     assert set(drawn) == {"one", "two", "three"}
     assert drawn == [samples[number][1] for number in range(30)]
@@ -587,7 +587,7 @@ GOOD_LISTS = {
 @pytest.mark.parametrize("name", GOOD_LISTS)
 def test_lists_of_other_programs_are_read(tmp_path, name):
     write_files(tmp_path, {"0.jpg": jpeg(0), "1.jpg": jpeg(1), name: GOOD_LISTS[name]})
-    held_out = data.open_held_out(str(tmp_path / name))
+    held_out = data.open_source(str(tmp_path / name)).held_out()
     assert held_out.images == [str(tmp_path / f"{i}.jpg") for i in range(2)]
     assert held_out.captions == ["red", "blue"] and not held_out.skipped
 
@@ -613,13 +613,13 @@ def test_quotation_marks_in_a_tsv_are_letters(tmp_path):
 
 BAD_LISTS = {
     "comma.csv": ("filepath,title\n0.jpg,red\n1.jpg,red, and blue\n", "line 3"),
-    "semicolon.csv": ("filepath;title\n0.jpg;red\n", "line 1.*filepath"),
+    "semicolon.csv": ("filepath;title\n0.jpg;red\n", "line 2.*filepath"),
     "never_closes.csv": ('filepath,title\n0.jpg,"red\n1.jpg,blue\n', "line 3"),
     "closes_later.csv": ('filepath,title\n0.jpg,"red\n1.jpg,5"\n2.jpg,blue\n', "line 3"),
     "closes_later_cr.csv": ('filepath,title\r0.jpg,"red\r1.jpg,5"\r2.jpg,blue\r', "line"),
     "quote_within.csv": ('filepath,title\n0.jpg,"red" and blue\n', "line 2"),
     "huge_field.csv": ("filepath,title\n0.jpg," + "x" * 140_000, "line 2"),
-    "empty.csv": ("", "filepath"),
+    "empty.csv": ("", ""),
     "header_only.csv": ("filepath,title\n", ""),
     "latin.csv": ("filepath,title\n0.jpg,café".encode("latin-1"), ""),
     "utf16_without_mark.csv": ("filepath,title\n0.jpg,red".encode("utf-16-le"), ""),
@@ -641,11 +641,11 @@ def test_names_in_a_list_are_relative_to_its_folder_or_else_to_the_current_one(
     rows = "filepath,title\nx/0.jpg,red\nx/1.jpg,blue"
     write_files(tmp_path, {"lists/a.csv": rows, "x/0.jpg": jpeg(0), "x/1.jpg": jpeg(1)})
     monkeypatch.chdir(tmp_path)
-    held_out = data.open_held_out("lists/a.csv")
+    held_out = data.open_source("lists/a.csv").held_out()
     assert held_out.images == ["x/0.jpg", "x/1.jpg"] and not held_out.skipped
     # One image decides for the entire list.
     write_files(tmp_path, {"lists/x/1.jpg": jpeg(2)})
-    held_out = data.open_held_out("lists/a.csv")
+    held_out = data.open_source("lists/a.csv").held_out()
     assert held_out.images == ["lists/x/1.jpg"] and held_out.captions == ["blue"]
     assert held_out.skipped == {"FileNotFoundError": [1, "lists/x/0.jpg"]}
 
@@ -665,7 +665,7 @@ def test_a_long_list_needs_little_more_memory_than_its_file(tmp_path):
         rows.append(f"images/{i:012d}.jpg,{caption}")
     path = tmp_path / "a.csv"
     write_files(tmp_path, {"a.csv": "\n".join(["filepath,title", *rows])})
-    source, _ = data.open_source(str(path))
+    source = data.open_source(str(path))
     assert len(source) == 20_000
     memory = sys.getsizeof(source.text) + sys.getsizeof(source.ends)
     assert memory < 1.3 * path.stat().st_size
@@ -742,7 +742,7 @@ def test_a_folder_without_captions_is_refused(tmp_path):
 def test_names_that_are_not_utf8_are_read(tmp_path):
     name = os.fsdecode(b"caf\xe9")
     folder = write_files(tmp_path / name, {f"{name}.jpg": JPEG, f"{name}.txt": "red"})
-    held_out = data.open_held_out(folder)
+    held_out = data.open_source(folder).held_out()
     assert held_out.captions == ["red"] and load_image(held_out.images[0], 16).shape == (3, 16, 16)
     shard = write_shard(tmp_path / name / "a.tar", [(JPEG, "blue")])
     assert pairs_of(shard) == (["blue"], {})
@@ -934,7 +934,7 @@ def test_a_file_that_is_no_tar_is_refused_with_its_first_bytes(tmp_path, name):
 def test_a_skipped_member_is_named_with_its_shard(tmp_path):
     good = write_shard(tmp_path / "good.tar", [(JPEG, "red")])
     bad = write_tar(tmp_path / "bad.tar", [("x.jpg", JPEG), ("y.heic", b"")])
-    _, skipped = data.open_source(f"{good}::{bad}")
+    skipped = data.open_source(f"{good}::{bad}").skipped
     assert set(skipped) == {"image without caption", ".heic file"}
     for kind, member in (("image without caption", "x.jpg"), (".heic file", "y.heic")):
         _, name = skipped[kind]
@@ -1012,7 +1012,7 @@ def test_a_replaced_shard_of_equal_size_and_time_is_indexed_anew(tmp_path, reade
         os.utime(path, ns=(mtime, mtime))
         if reader == "another process":
             data.load_index.cache_clear()
-        held_out = data.open_held_out(str(path))
+        held_out = data.open_source(str(path)).held_out()
         found = {}
         for image, caption in held_out.pairs:
             found[held_out.captions[caption]] = data.read_bytes(held_out.images[image])
@@ -1093,7 +1093,7 @@ def test_a_reader_of_stdout_that_leaves_does_not_end_the_program(monkeypatch):
 def test_a_vanished_shard_is_counted_and_the_stream_continues(tmp_path):
     for s in range(2):
         write_shard(tmp_path / f"{s}.tar", [(JPEG, f"{s} {i}") for i in range(20)])
-    source, _ = data.open_source(f"{tmp_path}/{{0..1}}.tar")
+    source = data.open_source(f"{tmp_path}/{{0..1}}.tar")
     stream = data.batches(source, SMALL, 10)
     next(stream)
     (tmp_path / "1.tar").unlink()
@@ -1125,7 +1125,7 @@ BROKEN = {
 def test_a_bad_image_is_replaced_by_another_sample_and_counted(tmp_path, kind):
     bad, error = BROKEN[kind]
     samples = [(bad if i == 3 else JPEG, f"caption {i}") for i in range(8)]
-    source, _ = data.open_source(write_shard(tmp_path / "a.tar", samples))
+    source = data.open_source(write_shard(tmp_path / "a.tar", samples))
     for workers in (0, 1):
         skipped = Counter()
         captions = captions_in(first_batches(1, source, skipped=skipped, workers=workers))
@@ -1143,7 +1143,7 @@ def test_a_float_tiff_is_refused_by_both_crops():
 def bad_shard(path, bad):
     """25 small images, of which some are broken."""
     tiny = encoded(photo(16, 16), "JPEG")
-    return data.open_source(write_shard(path, [(b"", "x")] * bad + [(tiny, "x")] * (25 - bad)))[0]
+    return data.open_source(write_shard(path, [(b"", "x")] * bad + [(tiny, "x")] * (25 - bad)))
 
 
 def test_more_than_a_tenth_of_bad_samples_ends_the_stream_with_the_counts(tmp_path):
@@ -1159,7 +1159,7 @@ def test_a_source_of_bad_samples_is_refused_with_one_name_of_each_kind(tmp_path)
                                     "c.jpg": JPEG[:300], "c.txt": "blue"})
     kinds = {"UnidentifiedImageError": "a.jpg", "NoCaption": "b.jpg", "OSError": "c.jpg"}
     with pytest.raises(ValueError) as error:
-        first_batches(1, data.open_source(folder)[0])
+        first_batches(1, data.open_source(folder))
     for kind, name in kinds.items():
         assert f"{kind} ({tmp_path}/{name})" in str(error.value)
 
@@ -1193,12 +1193,12 @@ def test_whatever_happens_to_a_shard_every_sample_is_read_or_counted(tmp_path, k
         else:
             write_tar(path, (members | {bad: mutate(members[bad], rng)}).items())
         try:
-            source, skipped = data.open_source(str(path))
+            source = data.open_source(str(path))
             first_batches(1, source, 12)
         except (ValueError, data.LoadingError) as error:
             assert kind == "tar" and ("a.tar" in str(error) or "bad" in str(error))
             continue
-        assert len(source) == 12 or kind == "tar" and skipped
+        assert len(source) == 12 or kind == "tar" and source.skipped
 
 
 # held-out data
@@ -1208,11 +1208,10 @@ def test_several_rows_of_an_image_are_one_image_with_several_captions(tmp_path):
     rows = ["0.jpg,red", "1.jpg,blue", "0.jpg,a red one", "2.jpg,", "1.jpg,a blue one", "0.jpg,r"]
     write_files(tmp_path, {f"{i}.jpg": jpeg(i) for i in range(3)})
     write_files(tmp_path, {"a.csv": "\n".join(["filepath,title", *rows])})
-    held_out = data.open_held_out(str(tmp_path / "a.csv"))
+    held_out = data.open_source(str(tmp_path / "a.csv")).held_out()
     assert held_out.images == [str(tmp_path / "0.jpg"), str(tmp_path / "1.jpg")]
     assert held_out.captions == ["red", "blue", "a red one", "a blue one", "r"]
     assert held_out.pairs == [(0, 0), (1, 1), (0, 2), (1, 3), (0, 4)]
-    assert held_out.samples == 5
     assert held_out.skipped == {"NoCaption": [1, str(tmp_path / "2.jpg")]}
 
 
@@ -1239,16 +1238,16 @@ def test_held_out_data_are_the_same_in_every_layout(tmp_path, monkeypatch):
     write_files(tmp_path, {"a.csv": "\n".join(["filepath,title", *rows])})
     half = [write_shard(tmp_path / f"{s}.tar", samples[s::2]) for s in range(2)]
     expected = {(hashlib.sha256(image).hexdigest(), text) for image, text in samples}
-    for source, n in (("folder", 3), ("a.csv", 15), ("::".join(half), 15)):
-        held_out = data.open_held_out(source)
+    for source in ("folder", "a.csv", "::".join(half)):
+        held_out = data.open_source(source).held_out()
         assert len(held_out.images) == 3 and len(held_out.captions) == len(held_out.pairs) == 15
-        assert matches(held_out) == expected and held_out.samples == n and not held_out.skipped
+        assert matches(held_out) == expected and not held_out.skipped
 
 
 def test_equal_captions_are_one_caption_that_is_right_for_each_of_its_images(tmp_path):
     write_files(tmp_path, {"0.jpg": jpeg(0), "0.txt": "a cat\na cat", "1.jpg": jpeg(1),
                            "1.txt": " a cat ", "2.jpg": jpeg(2), "2.txt": "a dog"})
-    held_out = data.open_held_out(str(tmp_path))
+    held_out = data.open_source(str(tmp_path)).held_out()
     assert held_out.captions == ["a cat", "a dog"]
     assert held_out.pairs == [(0, 0), (1, 0), (2, 1)]
 
@@ -1256,7 +1255,7 @@ def test_equal_captions_are_one_caption_that_is_right_for_each_of_its_images(tmp
 def test_held_out_images_that_cannot_be_read_are_refused_with_counts(tmp_path):
     write_files(tmp_path, {"a.csv": "filepath,title\n0.jpg,red\n1.jpg,blue"})
     with pytest.raises(ValueError, match=r"2 FileNotFoundError \(0\.jpg\)"):
-        data.open_held_out(str(tmp_path / "a.csv"))
+        data.open_source(str(tmp_path / "a.csv")).held_out()
 
 
 def test_skipped_files_and_skipped_samples_are_counted_together(tmp_path):

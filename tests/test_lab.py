@@ -320,9 +320,9 @@ def test_the_shards_of_the_benchmark_are_a_data_source(tmp_path):
     path = bench.write_shard(tmp_path / "0.tar", [(jpeg, "a photo 0"), (jpeg, "a photo 1")])
     with tarfile.open(path) as tar:
         assert tar.getnames() == ["0.jpg", "0.txt", "1.jpg", "1.txt"]
-    source, skipped = data.open_source(path)
+    source = data.open_source(path)
     assert [source[i][1] for i in range(len(source))] == [["a photo 0"], ["a photo 1"]]
-    assert not skipped and data.load_training_crop(source[1][0], 16, 0.9, random.Random(0)).any()
+    assert not source.skipped and data.load_training_crop(source[1][0], 16, 0.9, random.Random(0)).any()
 
 
 def test_operations_of_a_small_model_by_hand():

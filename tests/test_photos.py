@@ -40,8 +40,8 @@ def folder(archive, tmp_path, monkeypatch, capsys):
 
 
 def test_pixels_and_classes_are_those_of_the_archive(folder):
-    samples, skipped = data.open_source(str(folder / "train.tar"))
-    assert len(samples) == 50 and not skipped
+    samples = data.open_source(str(folder / "train.tar"))
+    assert len(samples) == 50 and not samples.skipped
     for i in range(50):
         image, captions = samples[i]
         pixels = np.asarray(Image.open(io.BytesIO(data.read_bytes(image))))

@@ -57,7 +57,7 @@ def test_held_out_scenes_are_balanced_and_distinct():
     ones, twos = np.split(np.array(shapes.held_out_scenes(), dtype=object), 2)
     classes = [" ".join(shapes.OBJECTS[first][1:]) for first, _, _ in ones]
     assert Counter(classes) == Counter(shapes.SHAPE_CLASSES * 10)
-    held_out = data.open_held_out("shapes")
+    held_out = data.open_source("shapes").held_out()
     assert len(held_out.images) == len(set(held_out.captions)) == 480 and not held_out.skipped
     assert held_out.pairs == [(i, i) for i in range(480)]
     assert load_image(held_out.images[0], 64).shape == (3, 64, 64)
