@@ -32,8 +32,8 @@ import signal
 import sys
 import tarfile
 import tempfile
+from collections import namedtuple
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -214,17 +214,18 @@ CLIP_VOCABULARY = (
 CLIP_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 CLIP_WORDS = regex.compile(r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 
-@lru_cache
-def clip_encoding():
-    """CLIP's byte-pair encoding as a tiktoken Encoding.
+def clip_tokenizer():
+    """CLIP's byte-pair encoding, computed by tiktoken -> as `find_tokenizer`.
 
     CLIP's vocabulary marks the last letter of every word: c a t</w>. tiktoken's tokens are byte
     strings, so we use an extra byte as the mark, a newline after the word: "cat\\n". The first
     merges join every byte with the newline, which gives CLIP's marked letters. All other merges are
     CLIP's own.
     """
-    raw = gzip.decompress(tiktoken.load.read_file_cached(CLIP_VOCABULARY, CLIP_SHA256))
-    merges = raw.decode().split("\n")[1:48_895]  # line 0 is a version; CLIP uses 48,894 merges
+    file = hashlib.sha1(CLIP_VOCABULARY.encode()).hexdigest()
+    with reading(f"put {CLIP_VOCABULARY} into TIKTOKEN_CACHE_DIR as {file}"):
+        raw = tiktoken.load.read_file_cached(CLIP_VOCABULARY, CLIP_SHA256)
+    merges = gzip.decompress(raw).decode().split("\n")[1:48_895]  # line 0 is a version; CLIP uses 48,894 merges
     # CLIP writes printable bytes as themselves and the others as chr(256), chr(257), ...
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
@@ -235,11 +236,13 @@ def clip_encoding():
         token = merge.replace("</w>", "\n").replace(" ", "").translate(byte_of)
         tokens.append(token.encode("latin-1"))
     ranks = {token: i for i, token in enumerate(tokens)}
-    return tiktoken.Encoding("clip", pat_str=r"[^\n]+\n", mergeable_ranks=ranks, special_tokens={})
+    bpe = tiktoken.Encoding("clip", pat_str=r"[^\n]+\n", mergeable_ranks=ranks, special_tokens={})
 
-def clip_ids(text):
-    words = CLIP_WORDS.findall(text.lower())
-    return clip_encoding().encode_ordinary("".join(word + "\n" for word in words))
+    def encode(text):
+        words = CLIP_WORDS.findall(text.lower())
+        return bpe.encode_ordinary("".join(word + "\n" for word in words))
+
+    return encode, bpe.n_vocab + 2
 
 @lru_cache
 def find_tokenizer(name):
@@ -248,12 +251,11 @@ def find_tokenizer(name):
         return lambda text: list(text.encode("utf-8", errors="replace")), 256 + 2
     where = f"vocabulary {name} (TIKTOKEN_CACHE_DIR={os.environ.get('TIKTOKEN_CACHE_DIR', '')})"
     print0(f"loading or fetching the {where}")
-    if name == "clip":
-        file = hashlib.sha1(CLIP_VOCABULARY.encode()).hexdigest()
-        where += f", which is {CLIP_VOCABULARY}; put it into that folder as {file}"
     with reading(where):
-        encoding = clip_encoding() if name == "clip" else tiktoken.get_encoding(name)
-    return clip_ids if name == "clip" else encoding.encode_ordinary, encoding.n_vocab + 2
+        if name == "clip":
+            return clip_tokenizer()
+        encoding = tiktoken.get_encoding(name)
+    return encoding.encode_ordinary, encoding.n_vocab + 2
 
 def vocab_size(tokenizer):
     return find_tokenizer(tokenizer)[1]
@@ -264,9 +266,9 @@ IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".t
 
 def read_bytes(place):
     """A path, bytes, or (tar, offset, size) -> bytes."""
-    if not isinstance(place, tuple):
-        return place if isinstance(place, bytes) else Path(place).read_bytes()
-    path, offset, size = place
+    if isinstance(place, bytes):
+        return place
+    path, offset, size = place if isinstance(place, tuple) else (place, 0, -1)
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(size)
@@ -307,10 +309,9 @@ def clean_captions(captions):
     10,000 characters. Raises NoCaption if none remains, another error if one is not a string."""
     captions = captions if isinstance(captions, list) else [captions]
     captions = [caption.replace("\0", " ").strip()[:10_000] for caption in captions]
-    captions = [caption for caption in captions if caption]
-    if not captions:
+    if not any(captions):
         raise NoCaption
-    return captions
+    return [caption for caption in captions if caption]
 
 def read_captions(place, in_json=False):
     """A .txt (one caption per line) or a .json, see `read_bytes` -> captions. Raises UnicodeError
@@ -330,15 +331,9 @@ def read_lines(path):
 
 # ---- sources -----------------------------------------------------------------------------------
 
-@dataclass
-class HeldOut:
-    """What an evaluation needs: each image and each caption once, and which belong together."""
-
-    images: list  # N image sources
-    captions: list  # M strings
-    pairs: list  # (index of an image, index of one of its captions)
-    skipped: dict  # files and samples, see `add_skip`
-    classes: tuple | None = None  # images, labels, names, templates for zero-shot classification
+# What an evaluation needs: N image sources, M strings, pairs (index of an image, index of one of its
+# captions), skipped files and samples, and images, labels, names and templates of classes or None.
+HeldOut = namedtuple("HeldOut", "images captions pairs skipped classes", defaults=[None])
 
 class Source:
     """A list of samples (path of an image below `folder`, captions), and which files were skipped.
@@ -398,7 +393,9 @@ def open_source(source):
     if os.path.isdir(source):
         samples = read_folder(source)
     elif source.lower().endswith((".csv", ".tsv")):
-        samples = read_csv(source)
+        samples = Source(csv_rows(source), os.path.dirname(source))
+        if not any(os.path.isfile(samples.name(i)) for i in range(min(100, len(samples)))):
+            samples.folder = ""  # names are relative to the current folder
     else:
         samples = Shards(expand_shards(source))
     if len(samples) == 0:
@@ -472,14 +469,6 @@ def csv_rows(path):
         except Exception as error:
             raise ValueError(f"line {table.reader.line_num}: {error!r}") from None
 
-def read_csv(path):
-    """-> Source. Names of images are relative to the list's folder if any of the first hundred
-    exists there, else to the current folder. Raises ValueError."""
-    samples = Source(csv_rows(path), os.path.dirname(path))
-    if not any(os.path.isfile(samples.name(i)) for i in range(min(100, len(samples)))):
-        samples.folder = ""
-    return samples
-
 # ---- tar shards --------------------------------------------------------------------------------
 
 def expand_shards(source):
@@ -511,17 +500,15 @@ def scan_shard(path):
             for member in tar:
                 name, stop = os.path.normpath(member.name), member.offset_data + member.size
                 if member.issparse() or member.issym() or member.islnk():
-                    add_skip(skipped, "link or sparse file", f"{name} in {path}")
+                    add_skip(skipped, "link or sparse file", name)
                 elif member.isfile() and stop <= total:
                     members.setdefault(name, (member.offset_data, member.size))
                 end = min(total, tar.offset)  # where the next header begins
         file.seek(end)
         rest = file.read(2**20)
     if len(rest) < 512 or any(rest):
-        if end == 0:  # a parquet file, a zip archive, an image, a web page
-            add_skip(skipped, "file that is no tar", f"{path} begins with {rest[:12]!r}")
-        else:
-            add_skip(skipped, "damaged shard", f"{path} after byte {end:,}")
+        kind = "damaged shard" if end else "file that is no tar"  # such as a parquet file
+        add_skip(skipped, kind, f"{rest[:12]!r} at byte {end:,}")
     return members, skipped
 
 def index_shard(path):
@@ -538,8 +525,9 @@ def index_shard(path):
     pairs, others = pair_up(members)
     rows = [(*members[image], *members[text], in_json) for image, text, in_json in pairs]
     rows = torch.tensor(rows, dtype=torch.int64).view(-1, 5)
-    others = {kind: [count, f"{name} in {path}"] for kind, (count, name) in others.items()}
-    index = {"rows": rows, "skipped": merge_skips([skipped, others])}
+    skipped = merge_skips([skipped, others])
+    skipped = {kind: [count, f"{path}: {name}"] for kind, (count, name) in skipped.items()}
+    index = {"rows": rows, "skipped": skipped}
     with suppress(OSError, RuntimeError):  # without a cache folder, every process scans the shard
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = f"{file}.{os.getpid()}.tmp"

@@ -206,16 +206,17 @@ def train(c, checkpoint):
     if len(samples) != checkpoint.get("data_size", len(samples)):
         raise ValueError(f"{c.data} has {len(samples):,} samples, but the run has begun with "
                          f"{checkpoint['data_size']:,}")
-    batches = data.batches(samples, model.config, c.batch_size, c.crop_scale, c.seed, rank(),
-                           world_size(), c.workers, start, device.type == "cuda")
-    stop = SimpleNamespace(signal=None, error=None)  # why this process wants to stop
-    batch = next_batch(batches, stop, c.micro_batch, model.config.vocab_size, device)
-    if stop.error:
-        raise stop.error  # before the folder of the run exists
+    stream = data.batches(samples, model.config, c.batch_size, c.crop_scale, c.seed, rank(),
+                          world_size(), c.workers, start, device.type == "cuda")
+    vocab_size = model.config.vocab_size
+    batches = ((split_batch(images, tokens, c.micro_batch, vocab_size, device), skipped)
+               for images, tokens, skipped in stream)
+    batch = next(batches)  # may raise, before the folder of the run exists
     skipped = Counter(checkpoint.get("skipped", {}) if main_process else {})  # of this process
 
     log = open_log(path.with_name("log.jsonl"), start) if main_process else None
     print_start(c, model, device, steps, checkpoint, samples)
+    stop = SimpleNamespace(signal=None, error=None)  # why this process wants to stop
     catch_signals(stop)
     began = since = time.monotonic()
     counted, waited = start, 0.0  # since the last report: its step, seconds of waiting for data
@@ -248,7 +249,10 @@ def train(c, checkpoint):
             metrics = gradcache_backward(net, model, parts, autocast, c.entailment_weight, K)
 
         moment = time.monotonic()
-        batch = next_batch(batches, stop, c.micro_batch, model.config.vocab_size, device)
+        try:
+            batch = next(batches)
+        except data.LoadingError as error:
+            stop.error = error
         waited += time.monotonic() - moment  # meanwhile a GPU computes the gradient
 
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
@@ -411,14 +415,6 @@ def catch_signals(stop):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, receive)
 
-def next_batch(batches, stop, micro_batch, vocab_size, device):
-    """-> the parts of the next batch, its skipped samples; None if stop.error says why not."""
-    try:
-        images, tokens, skipped = next(batches)
-        return split_batch(images, tokens, micro_batch, vocab_size, device), skipped
-    except data.LoadingError as error:
-        stop.error = error
-
 def open_log(path, step):
     """-> log.jsonl without the reports after `step`, which will be written again. The file is
     locked until this process ends, so that no other run writes to the folder."""
@@ -485,8 +481,7 @@ def describe_step(values, cones, seconds_left):
     text = f"loss {values['loss']:.4g}"
     if cones:
         text += f"  entailment {values['entailment']:.2f}  in cone {values['in_cone']:.0%}"
-    minutes, seconds = divmod(int(seconds_left), 60)
-    left = f"{minutes}:{seconds:02}" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}"
+    left = str(datetime.timedelta(seconds=int(seconds_left))).removeprefix("0:")
     text += f"  lr {values['lr']:.1e}  {values['samples_per_second']:,.0f} samples/s  {left} left"
     return text + (f"  skipped {values['skipped']}" if values["skipped"] else "")
 

@@ -223,7 +223,7 @@ def test_a_geometry_that_contradicts_the_file_is_refused(tmp_path):
 
 def test_a_tokenizer_with_another_vocabulary_is_refused_without_fetching_it(tmp_path, monkeypatch):
     weights = small("clip").state_dict()
-    monkeypatch.setattr(data, "clip_encoding", None)  # fetching would raise TypeError
+    monkeypatch.setattr(data, "clip_tokenizer", None)  # fetching would raise TypeError
     message = refusal(tmp_path / "theirs.pt", weights, tokenizer="clip")
     assert "258" in message and "49408" in message and "--tokenizer" in message
     assert "bytez" in refusal(tmp_path / "theirs.pt", weights, tokenizer="bytez")

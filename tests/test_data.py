@@ -86,11 +86,9 @@ def test_unknown_tokenizers_are_refused():
 @pytest.fixture
 def fresh_vocabularies():
     """Vocabularies are not shared between tests."""
-    for function in (data.clip_encoding, data.find_tokenizer):
-        function.cache_clear()
+    data.find_tokenizer.cache_clear()
     yield
-    for function in (data.clip_encoding, data.find_tokenizer):
-        function.cache_clear()
+    data.find_tokenizer.cache_clear()
 
 
 def test_a_missing_vocabulary_is_requested_with_one_connection(
@@ -928,7 +926,7 @@ def test_a_file_that_is_no_tar_is_refused_with_its_first_bytes(tmp_path, name):
     check_bad_shard(tmp_path / name, "file that is no tar")
     with pytest.raises(ValueError) as error:
         data.open_source(str(tmp_path / name))
-    assert f"{name} begins with {OTHER_FILES[name][:12]!r}" in str(error.value)
+    assert f"{name}: {OTHER_FILES[name][:12]!r}" in str(error.value)
 
 
 def test_a_skipped_member_is_named_with_its_shard(tmp_path):
