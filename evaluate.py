@@ -82,10 +82,9 @@ def retrieval_metrics(similarity, images, texts, pairs):
     i2t_r1, ...: fraction of images with texts that have any of their texts in the top k.
     t2i_r1, ...: fraction of texts that have any of their images in the top k. mean_r1: mean of
     both."""
-    N, M, pairs = len(images), len(texts), pairs.cpu()
+    out, chance, pairs = {}, {}, pairs.cpu()
     if pairs.ndim == 1:
-        pairs = torch.stack([pairs, torch.arange(M)], dim=1)
-    out, chance = {}, {}
+        pairs = torch.stack([pairs, torch.arange(len(pairs))], dim=1)
     for name, queries, candidates, matches in (("i2t", images, texts, pairs),
                                                ("t2i", texts, images, pairs.flip(1))):
         total, right = len(candidates), torch.bincount(matches[:, 0], minlength=len(queries))
@@ -159,8 +158,6 @@ def embed_images(model, images, batch_size=64, workers=0):
 def embed_texts(model, texts, batch_size=64):
     """M strings -> embeddings (M, D)."""
     c, rows = model.config, [model.logit_scale.new_zeros(0, model.config.embed_dim)]
-    if data.vocab_size(c.tokenizer) != c.vocab_size:
-        raise ValueError(f"the tokenizer {c.tokenizer} does not have {c.vocab_size:,} tokens")
     for start in range(0, len(texts), batch_size):
         tokens = data.tokenize(texts[start : start + batch_size], c.tokenizer, c.context_length)
         rows.append(model.encode_text(tokens.to(rows[0].device)))

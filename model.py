@@ -367,14 +367,13 @@ def load_checkpoint(path):
         raise ValueError(f"there is no file {path}")
     try:
         checkpoint = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
-        missing = {"state_dict", "config", "train_config"} - checkpoint.keys()
-        if missing:
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        for name in ("state_dict", "config", "train_config"):
+            checkpoint[name]  # KeyError says what a file of another program lacks
     except Exception as error:  # damaged files raise almost any exception
-        size = os.path.getsize(path)
-        raise ValueError(f"{path} ({size:,} bytes) is not a checkpoint of train.py. If another "
-                         f"program wrote it, convert it: python -m lab.convert {path} ckpt.pt "
-                         f"--geometry ... ({describe_error(error)})") from None
+        raise ValueError(
+            f"{path} ({os.path.getsize(path):,} bytes) is not a checkpoint of train.py. If another "
+            f"program wrote it, convert it: python -m lab.convert {path} ckpt.pt --geometry ... "
+            f"({describe_error(error)})") from None
     return checkpoint
 
 def load_model(path):
