@@ -42,7 +42,7 @@ import regex
 import tiktoken.load
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 # ---- captions and images -----------------------------------------------------------------------
 
@@ -118,34 +118,33 @@ def shuffled(number, count, seed, block=2**16):
 def permutation(count, *seed):
     return np.random.default_rng(seed).permutation(count)
 
-class Stream(Dataset):
-    """Position in the stream -> image, caption, the samples that were skipped on the way. After 100
-    of them it returns a black image, and `batches` ends the run."""
+def read_sample(samples, number, seed, size, crop_scale, skipped):
+    """The sample at a position of the stream -> image uint8 (3, size, size), caption. Unreadable
+    samples are counted in `skipped` and replaced. After 100 of them the image is black, and
+    `batches` ends the run."""
+    rng = random.Random((seed << 48) | number)  # no two seeds share a sequence
+    i = samples.at(number, seed)
+    for _ in range(100):
+        try:
+            image, captions = samples[i]
+            caption = rng.choice(clean_captions(captions))
+            return load_training_crop(image, size, crop_scale, rng), caption
+        except Exception as error:  # Pillow raises almost any exception on damaged files
+            add_skip(skipped, type(error).__name__, samples.name(i))
+        i = rng.randrange(len(samples))  # try another sample
+    return torch.zeros(3, size, size, dtype=torch.uint8), ""
 
-    def __init__(self, samples, seed, size, crop_scale):
-        self.samples, self.seed, self.size, self.crop_scale = samples, seed, size, crop_scale
-
-    def __getitem__(self, number):
-        rng = random.Random((self.seed << 48) | number)  # no two seeds share a sequence
-        i, skipped = self.samples.at(number, self.seed), {}
-        for _ in range(100):
-            try:
-                image, captions = self.samples[i]
-                caption = rng.choice(clean_captions(captions))
-                return load_training_crop(image, self.size, self.crop_scale, rng), caption, skipped
-            except Exception as error:  # Pillow raises almost any exception on damaged files
-                add_skip(skipped, type(error).__name__, self.samples.name(i))
-            i = rng.randrange(len(self.samples))  # try another sample
-        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), "", skipped
-
-def collate(tokenizer, context_length, samples):
-    """-> images uint8 (N, 3, H, W), tokens int64 (N, T), skipped samples. T <= context_length is
-    the longest caption's length, rounded up to a multiple of 8 so that few shapes occur."""
-    images, captions, skipped = zip(*samples)
-    images, tokens = torch.stack(images), tokenize(captions, tokenizer, context_length)
-    longest = int((tokens == vocab_size(tokenizer) - 1).int().argmax(1).max()) + 1
-    tokens = tokens[:, : 8 * math.ceil(longest / 8)].contiguous()
-    return images, tokens, merge_skips(skipped)
+def read_batch(samples, config, count, crop_scale, seed, start):
+    """`count` samples from a position of the stream -> images uint8 (N, 3, H, W), tokens int64
+    (N, T), skipped samples. T is the longest caption's length, rounded up to a multiple of 8 so
+    that few shapes occur."""
+    skipped, read = {}, []
+    for number in range(start, start + count):
+        read.append(read_sample(samples, number, seed, config.image_size, crop_scale, skipped))
+    images, captions = zip(*read)
+    tokens = tokenize(captions, config.tokenizer, config.context_length)
+    longest = int((tokens == config.vocab_size - 1).int().argmax(1).max()) + 1
+    return torch.stack(images), tokens[:, : 8 * math.ceil(longest / 8)].contiguous(), skipped
 
 def batches(samples, config, batch_size, crop_scale=0.9, seed=0, rank=0, world_size=1, workers=0,
             step=0, pin_memory=False):
@@ -154,14 +153,10 @@ def batches(samples, config, batch_size, crop_scale=0.9, seed=0, rank=0, world_s
     than a tenth of all, are unreadable, or ValueError if this happens in the first batch."""
     local = batch_size // world_size  # process r takes the r-th slice of each batch
     starts = itertools.count(step * batch_size + rank * local, batch_size)
-    loader = load(
-        Stream(samples, seed, config.image_size, crop_scale),
-        partial(collate, config.tokenizer, config.context_length),
-        batch_sampler=(range(start, start + local) for start in starts),
-        num_workers=workers, pin_memory=pin_memory,
-    )
+    read = partial(read_batch, samples, config, local, crop_scale, seed)
+    settings = {"batch_size": None, "num_workers": workers, "pin_memory": pin_memory}
     taken, all_skipped = 0, {}
-    for images, tokens, skipped in loader:
+    for images, tokens, skipped in load(range(2**62), read, sampler=starts, **settings):
         all_skipped = merge_skips([all_skipped, skipped])
         taken, bad = taken + len(images), sum(count for count, _ in all_skipped.values())
         if bad >= 100 and bad > 0.1 * (bad + taken):
