@@ -315,17 +315,13 @@ class CLIP(nn.Module):
                 metrics["image_radius"] = geometry.distance_to_root(image, root).mean()
         return {"loss": loss} | {name: value.detach() for name, value in metrics.items()}
 
-    def bounds(self):
-        """-> {learned scalar: (lowest, highest)}. The logit scale is bounded only from above."""
-        learned = self.geometry.learned_scalars(self.config.embed_dim)
-        bounds = {name: (low, high) for name, (_, low, high) in learned.items()}
-        return bounds | {"logit_scale": (-math.inf, math.log(self.config.max_logit_scale))}
-
     @torch.no_grad()
     def clamp_scalars(self):
         """Call this after every optimizer step. A clamp in the forward pass would have gradient 0
         outside the bounds, so a scalar that left them could never return."""
-        for name, (low, high) in self.bounds().items():
+        self.logit_scale.clamp_(max=math.log(self.config.max_logit_scale))
+        learned = self.geometry.learned_scalars(self.config.embed_dim)
+        for name, (_, low, high) in learned.items():
             getattr(self, name).clamp_(low, high)
 
 # ---- below: several processes, and checkpoints -------------------------------------------------
