@@ -16,7 +16,6 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 
 import argparse
-import itertools
 import json
 import math
 import re
@@ -36,7 +35,6 @@ from model import load_model
 
 PROMPTS = ["a photo of a {}.", "a picture of a {}.", "a close-up photo of a {}.",
            "a good photo of the {}.", "a drawing of a {}."]
-RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
 STEPS = 50  # points on a path to the root, as in MERU
 
 # ---- metrics: all are fractions of 1, or None if undefined -------------------------------------
@@ -77,14 +75,12 @@ def zero_shot_metrics(similarity, images, classes, labels):
 
 def retrieval_metrics(similarity, images, texts, pairs):
     """images (N, D), texts (M, D), pairs int64 (P, 2): indices of an image and of a text that
-    belong together, any number per image and per text; or (M,): the image of each text -> dict.
+    belong together, any number per image and per text -> dict.
 
     i2t_r1, ...: fraction of images with texts that have any of their texts in the top k.
     t2i_r1, ...: fraction of texts that have any of their images in the top k. mean_r1: mean of
     both."""
     out, chance, pairs = {}, {}, pairs.cpu()
-    if pairs.ndim == 1:
-        pairs = torch.stack([pairs, torch.arange(len(pairs))], dim=1)
     for name, queries, candidates, matches in (("i2t", images, texts, pairs),
                                                ("t2i", texts, images, pairs.flip(1))):
         total, right = len(candidates), torch.bincount(matches[:, 0], minlength=len(queries))
@@ -113,9 +109,8 @@ def traverse(model, images, texts, min_radius=None):
     for path in geometry.path_to_root(images, STEPS, root).unbind(1):  # (S, D)
         similarity = model.similarity(path, texts)  # (S, M)
         if min_radius is not None:
-            for step, point in enumerate(path):
-                outside = geometry.entailment_loss(texts, point, min_radius, curv)  # (M,)
-                similarity[step, outside > 0] = -math.inf
+            for row, point in zip(similarity, path):  # (M,), (D,)
+                row[geometry.entailment_loss(texts, point, min_radius, curv) > 0] = -math.inf
         best, nearest = similarity.max(1)
         nearest[model.similarity(path, path[-1:])[:, 0] >= best] = len(texts)
         nearest = nearest.tolist()
@@ -125,14 +120,13 @@ def traverse(model, images, texts, min_radius=None):
 # ---- embeddings --------------------------------------------------------------------------------
 
 def load_images(size, sources):
-    """Image sources -> uint8 (N, 3, size, size), which of them are readable (N,)."""
-    images = torch.zeros(len(sources), 3, size, size, dtype=torch.uint8)
-    readable = torch.zeros(len(sources), dtype=torch.bool)
-    for i, source in enumerate(sources):
+    """[(i, image source)] -> uint8 (N, 3, size, size), i of each; without unreadable images."""
+    images, kept = [torch.empty(0, 3, size, size, dtype=torch.uint8)], []
+    for i, source in sources:
         with suppress(Exception):  # Pillow raises almost any exception on damaged files
-            images[i] = data.load_image(source, size)
-            readable[i] = True
-    return images, readable
+            images.append(data.load_image(source, size)[None])
+            kept.append(i)
+    return torch.cat(images), kept
 
 def finite(rows, what):
     """rows (N, D) -> rows. Raises ValueError for NaN, which would rank first in similarity."""
@@ -145,22 +139,20 @@ def finite(rows, what):
 def embed_images(model, images, batch_size=64, workers=0):
     """Image sources -> embeddings (N, D) of the readable images, and the N indices of these."""
     loading = {"batch_size": batch_size, "num_workers": workers}
-    rows, good = [], []
-    collate = partial(load_images, model.config.image_size)
-    for batch, readable in data.load(images, collate, **loading):
-        rows.append(model.encode_image(batch[readable].to(model.logit_scale.device)))
-        good += readable.tolist()
-    if not any(good):
+    collate, rows, kept = partial(load_images, model.config.image_size), [], []
+    for batch, indices in data.load([*enumerate(images)], collate, **loading):
+        rows.append(model.encode_image(batch.to(model.logit_scale.device)))
+        kept += indices
+    if not kept:
         raise ValueError(f"none of {len(images)} images is readable, such as {images[:1]}")
-    return finite(torch.cat(rows), "image"), [i for i, readable in enumerate(good) if readable]
+    return finite(torch.cat(rows), "image"), kept
 
 @torch.no_grad()
 def embed_texts(model, texts, batch_size=64):
     """M strings -> embeddings (M, D)."""
-    c, rows = model.config, [model.logit_scale.new_zeros(0, model.config.embed_dim)]
-    for start in range(0, len(texts), batch_size):
-        tokens = data.tokenize(texts[start : start + batch_size], c.tokenizer, c.context_length)
-        rows.append(model.encode_text(tokens.to(rows[0].device)))
+    tokens = data.tokenize(texts, model.config.tokenizer, model.config.context_length)
+    tokens = tokens.to(model.logit_scale.device)
+    rows = [model.encode_text(some) for some in tokens.split(batch_size)]
     return finite(torch.cat(rows), "text")
 
 def embed_classes(model, names, templates):
@@ -190,12 +182,11 @@ def retrieval(model, held_out, **loading):
     """data.HeldOut -> metrics over its readable images and their captions."""
     images, kept = embed_images(model, held_out.images, **loading)
     row = {image: i for i, image in enumerate(kept)}
-    pairs = [(row[image], text) for image, text in held_out.pairs if image in row]
-    column = {text: j for j, text in enumerate(sorted({text for _, text in pairs}))}
-    texts = embed_texts(model, [held_out.captions[text] for text in column])
-    pairs = torch.tensor([(image, column[text]) for image, text in pairs])
+    pairs = torch.tensor([(row[image], text) for image, text in held_out.pairs if image in row])
+    used, pairs[:, 1] = pairs[:, 1].unique(return_inverse=True)  # captions of readable images
+    texts = embed_texts(model, [held_out.captions[text] for text in used])
     metrics = retrieval_metrics(model.similarity, images, texts, pairs)
-    what = (f"{len(kept)} images, {len(column)} captions, any match counts, equal images and equal "
+    what = (f"{len(kept)} images, {len(texts)} captions, any match counts, equal images and equal "
             "captions count once")
     return metrics | protocol(model, what, held_out.images, kept, held_out.skipped)
 
@@ -206,19 +197,17 @@ def evaluate(model, held_out, **loading):
         results["zero_shot"] = zero_shot(model, *held_out.classes, **loading)
     return results | {"retrieval": retrieval(model, held_out, **loading)}
 
-def held_out_source(train_config):
+def held_out_source(flags):
     """Flags of a training run -> the source of its held-out data, or None."""
-    shapes = "shapes" if train_config.get("data") == "shapes" else None
-    return train_config.get("val_data") or shapes
+    return flags.get("val_data") or ("shapes" if flags.get("data") == "shapes" else None)
 
 def last_min_radius(model):
-    """K of the cones at the end of training, or None if the model was trained without cones. For
-    third-party checkpoints, which do not store K, we assume the authors' 0.1."""
-    c = model.train_config
-    if not model.geometry.cones or c.get("entailment_weight", 1) == 0:
+    """K of the cones at the end of training, or None if the model was trained without cones."""
+    flags = model.train_config
+    if not model.geometry.cones or flags.get("entailment_weight", 1) == 0:
         return None
-    first, last = c.get("min_radius", 0.1), c.get("final_min_radius")
-    return first if last is None else last
+    last = flags.get("final_min_radius")  # third-party checkpoints store no K; the authors' is 0.1
+    return flags.get("min_radius", 0.1) if last is None else last
 
 def traversal(model, images, captions, min_radius=None, **loading):
     """Image sources, M strings -> {image: [(position from 0 (image) to 1 (root), caption)]},
@@ -242,18 +231,18 @@ def class_folders(folder, classnames=None, templates=None):
     """Folder of class folders -> images, labels (in the order of the sorted folders; numbers are
     sorted as numbers), names, templates, skipped files. Raises ValueError."""
     visible = [path for path in Path(folder).iterdir() if not data.is_hidden(path.name)]
-    images, skipped = {path.name: [] for path in visible if path.is_dir()}, {}
-    for file in itertools.filterfalse(data.is_hidden, data.list_files(folder)):
-        top, *below = Path(file).parts
-        if len(below) == 1 and Path(file).suffix.lower() in data.IMAGES:
-            images[top].append(os.path.join(folder, file))
+    folders = [path.name for path in visible if path.is_dir()]
+    folders.sort(key=int if all(map(str.isdecimal, folders)) else None)
+    images, skipped = {}, {}  # images: {path: its class folder}
+    for file in [file for file in data.list_files(folder) if not data.is_hidden(file)]:
+        if os.path.dirname(file) in folders and file.lower().endswith(data.IMAGES):
+            images[os.path.join(folder, file)] = os.path.dirname(file)
         else:
             data.add_skip(skipped, "file that is no image of a class", file)
-    folders = sorted(images, key=int if all(map(str.isdecimal, images)) else None)
     names = [name.replace("_", " ") for name in folders]
     names = data.read_lines(classnames) if classnames else names
     templates = data.read_lines(templates) if templates else PROMPTS
-    empty = [name for name in folders if not images[name]]
+    empty = sorted(set(folders) - set(images.values()))
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if empty or repeated or len(folders) < 2 or len(names) != len(folders):
         raise ValueError(f"{len(folders)} class folders in {folder} (without images: {empty[:3]}), "
@@ -262,9 +251,8 @@ def class_folders(folder, classnames=None, templates=None):
     if not templates or not all("{}" in template for template in templates):
         raise ValueError("templates are missing, or one of them has no {} for the class name")
     print0(f"class folder {folders[0]} is {names[0]!r}, ..., {folders[-1]} is {names[-1]!r}")
-    labels = [label for label, name in enumerate(folders) for _ in images[name]]
-    images = list(itertools.chain.from_iterable(images[name] for name in folders))
-    return images, labels, names, templates, skipped
+    labels = [folders.index(name) for name in images.values()]
+    return list(images), labels, names, templates, skipped
 
 def karpathy_split(path, folder, split):
     """Karpathy JSON -> data.HeldOut of a split. Raises ValueError."""
@@ -281,26 +269,22 @@ def karpathy_split(path, folder, split):
     missing = [image for image, _ in samples if not os.path.exists(image)]
     if missing:
         raise ValueError(f"{len(missing)} of {len(samples)} images do not exist: {missing[0]}")
-    if not any(captions for _, captions in samples):
-        raise ValueError(f"{path} has no captions in split {split!r}, only {dict(splits)}")
-    return data.Source(samples).held_out()
+    with data.reading(f"{path}, split {split!r} of {dict(splits)}"):  # it may have no captions
+        return data.Source(samples).held_out()
 
 def print_results(results):
     for task, metrics in results.items():
         print0(f"{task}: {metrics['protocol']}")
         for name, chance in metrics.get("chance", {}).items():
-            print0(f"  {name:21} {percent(metrics[name])}   chance {percent(chance)}")
+            if chance is not None:  # None: fewer candidates than k
+                print0(f"  {name:21} {100 * metrics[name]:5.1f} %   chance {100 * chance:5.1f} %")
         for image, path in metrics.get("retrieved", {}).items():
             captions = [f"\n  {position:4.0%}  {caption}" for position, caption in path]
             print0(image + "".join(captions))
 
-def percent(value):
-    return "      -" if value is None else f"{100 * value:5.1f} %"
-
 def pick_device(name=None):
     """A name, or None for the best device -> torch.device. Raises ValueError if it is missing."""
-    other = "mps" if torch.backends.mps.is_available() else "cpu"
-    name = name or ("cuda" if torch.cuda.is_available() else other)
+    name = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     torch.set_float32_matmul_precision("highest")  # distances do not tolerate TF32
     torch.backends.cudnn.allow_tf32 = False
     with data.reading(f"--device {name}"):
@@ -321,14 +305,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None):
         args = sys.argv[1:] if args is None else args
-        return super().parse_args([re.sub(r"^--(no-)?[\w-]+", underscores, arg) for arg in args])
+        return super().parse_args([re.sub("^(--no-|--)([^=]+)", underscores, arg) for arg in args])
 
     def error(self, message):
         end(f"{self.prog}: {message}")
 
 def underscores(flag):
-    start = f"--{flag[1] or ''}"
-    return start + flag[0][len(start) :].replace("-", "_")
+    return flag[1] + flag[2].replace("-", "_")
 
 NEEDS = {"classnames": "classification", "templates": "classification", "captions": "traverse",
          "traverse": "captions", "min_radius": "traverse", "retrieval": "images",
@@ -390,8 +373,9 @@ def run(args):
                              "--retrieval JSON --images DIR or --classification DIR")
         results |= evaluate(model, data.open_source(source).held_out(), **loading)
     if args.json:  # first, because printing may fail
+        recalls = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
         nothing = {"zero_shot": dict.fromkeys(("top1", "top5", "classes")),
-                   "retrieval": dict.fromkeys(RECALLS)}  # null for tasks that did not run
+                   "retrieval": dict.fromkeys(recalls)}  # null for tasks that did not run
         Path(args.json).write_text(json.dumps(nothing | results, indent=1) + "\n")
     print0(f"images: shorter side resized to {model.config.image_size}, centre crop; towers in "
            f"{args.dtype}; ties count against us")

@@ -28,8 +28,8 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -48,9 +48,7 @@ def not_negative(value):
 def flag(default, help, allowed=not_negative, fixed=False):
     return field(default=default, metadata={"help": help, "allowed": allowed, "fixed": fixed})
 
-def fixed(*args):
-    """A flag that a resumed run cannot change."""
-    return flag(*args, fixed=True)
+fixed = partial(flag, fixed=True)  # a flag that a resumed run cannot change
 
 @dataclass
 class TrainConfig:
@@ -187,8 +185,12 @@ def train(c, checkpoint):
     if checkpoint:
         model.load_state_dict(checkpoint["state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    autocast, compile = choose_precision(c, model.config, device)
-    if compile:
+    cuda = device.type == "cuda"
+    able = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    bfloat16 = able if c.dtype is None else c.dtype == "bfloat16"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)  # for the towers
+    tiny = model.config.vision_width <= PRESETS["tiny"]["vision_width"]
+    if c.compile or (c.compile is None and cuda and not tiny):
         print0("torch.compile compiles during the first steps, which takes minutes")
         model.compile()  # in place, so that parameters keep their names
         model.loss = torch.compile(model.loss)
@@ -207,27 +209,24 @@ def train(c, checkpoint):
         raise ValueError(f"{c.data} has {len(samples):,} samples, but the run has begun with "
                          f"{checkpoint['data_size']:,}")
     stream = data.batches(samples, model.config, c.batch_size, c.crop_scale, c.seed, rank(),
-                          world_size(), c.workers, start, device.type == "cuda")
-    vocab_size = model.config.vocab_size
-    batches = ((split_batch(images, tokens, c.micro_batch, vocab_size, device), skipped)
-               for images, tokens, skipped in stream)
+                          world_size(), c.workers, start, cuda)
+    batches = ((split_batch(images, tokens, c.micro_batch, model.config.vocab_size, device),
+                skipped) for images, tokens, skipped in stream)
     batch = next(batches)  # may raise, before the folder of the run exists
     skipped = Counter(checkpoint.get("skipped", {}) if main_process else {})  # of this process
 
     log = open_log(path.with_name("log.jsonl"), start) if main_process else None
     print_start(c, model, device, steps, checkpoint, samples)
-    stop = SimpleNamespace(signal=None, error=None)  # why this process wants to stop
-    catch_signals(stop)
+    received, loading_error = [], None  # signals, and an error: why this process wants to stop
+    catch_signals(received)
     began = since = time.monotonic()
     counted, waited = start, 0.0  # since the last report: its step, seconds of waiting for data
     for step in range(start, steps):
-        stops = gather(stop)  # of all processes: if one must stop, all do
-        errors = [other.error for other in stops if other.error]
-        signaled = any(other.signal for other in stops)
-        if signaled or errors:
+        signals, errors = zip(*gather((received, loading_error)))
+        if any(signals + errors):  # if one process must stop, all do
             save(path, model, optimizer, c, step, skipped, len(samples))
-            if not signaled:  # a signal to all processes also ends the loading workers
-                raise errors[0]
+            if not any(signals):  # a signal to all processes also ends the loading workers
+                raise next(filter(None, errors))
             return print0(f"stopped after step {step}; resume the run with --resume")
         lr = learning_rate(step, steps, c.lr, c.warmup)
         for group in optimizer.param_groups:
@@ -252,7 +251,7 @@ def train(c, checkpoint):
         try:
             batch = next(batches)
         except data.LoadingError as error:
-            stop.error = error
+            loading_error = error
         waited += time.monotonic() - moment  # meanwhile a GPU computes the gradient
 
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
@@ -271,9 +270,8 @@ def train(c, checkpoint):
             seconds = time.monotonic() - since
             values |= {"waiting_for_data": waited / seconds, "skipped": skipped.total()}
             everyones = gather(values)
-            sums = {name: sum(v[name] for v in everyones) for name in values}
-            means = {name: value / world_size() for name, value in sums.items()}
-            means |= {"skipped": sums["skipped"], "lr": lr,
+            means = {name: sum(v[name] for v in everyones) / world_size() for name in values}
+            means |= {"skipped": sum(v["skipped"] for v in everyones), "lr": lr,
                       "samples_per_second": (done - counted) * c.batch_size / seconds,
                       "grad_norm": grad_norm.item()}
             left = (steps - done) / (done - counted) * seconds
@@ -291,8 +289,8 @@ def train(c, checkpoint):
 
 # ---- below: flags, processes, signals, and the folder of a run ----------------------------------
 
-NOT_KEPT = ("resume", "out_dir", "device", "workers")  # not taken from the checkpoint
-RETIRED = ("quick_gelu", "vision_heads", "text_heads")  # flags of older versions, now in `config`
+NOT_KEPT = ("resume", "out_dir", "device", "workers",  # flags not taken from the checkpoint
+            "quick_gelu", "vision_heads", "text_heads")  # of older versions, now in `config`
 
 def parse_args(argv=None):
     """-> TrainConfig, and the checkpoint to resume, or {} for a new run. Flags that argv does not
@@ -302,11 +300,10 @@ def parse_args(argv=None):
         kind = getattr(f.type, "__args__", [f.type])[0]  # of str | None: str
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
-        parser.add_argument(f"--{f.name}", help=text, default=f.default, **how)
-    c = TrainConfig(**vars(parser.parse_args(argv)))
+        parser.add_argument(f"--{f.name}", help=text, default=argparse.SUPPRESS, **how)
+    explicit = vars(parser.parse_args(argv))  # the flags that argv contains
+    c = TrainConfig(**explicit)
     path = Path(c.out_dir, "ckpt.pt")
-    if os.path.exists(c.out_dir) and not os.path.isdir(c.out_dir):
-        raise ValueError(f"--out_dir {c.out_dir} is not a folder")
     if not path.exists():
         if c.resume:  # schedulers start and resume runs by one command
             print0(f"there is nothing to resume in {c.out_dir}: starting afresh")
@@ -316,10 +313,9 @@ def parse_args(argv=None):
     checkpoint = load_checkpoint(path)
     if "optimizer" not in checkpoint:
         raise ValueError(f"{path} has no optimizer state to resume; use --init_from instead")
-    before = {k: v for k, v in checkpoint["train_config"].items() if k not in RETIRED}
-    parser.set_defaults(**{name: before[name] for name in before.keys() - NOT_KEPT})
+    before = {k: v for k, v in checkpoint["train_config"].items() if k not in NOT_KEPT}
     with data.reading(path):  # a newer version may have more flags
-        c = TrainConfig(**vars(parser.parse_args(argv)))
+        c = TrainConfig(**before | explicit)
     for f in fields(c):
         value, old = getattr(c, f.name), before.get(f.name, f.default)
         if f.metadata["fixed"] and value != old:
@@ -339,6 +335,7 @@ def validate(c, done):
     if c.workers is None:
         c.workers = data.cores(processes=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     for wrong, message in (
+        (os.path.isfile(c.out_dir), f"--out_dir {c.out_dir} is not a folder"),
         (c.entailment_weight and not geometry.cones,
          f"--entailment_weight needs cones, but {c.geometry} has none; change --geometry"),
         (c.init_from and c.model and not done, "--init_from determines the sizes; remove --model"),
@@ -353,15 +350,6 @@ def validate(c, done):
             raise ValueError(message)
     c.model = c.model or (None if c.init_from else "tiny")
     return steps
-
-def choose_precision(c, model_config, device):
-    """-> autocast context for the towers, and whether to compile."""
-    cuda = device.type == "cuda"
-    able = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    bfloat16 = able if c.dtype is None else c.dtype == "bfloat16"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
-    tiny = model_config.vision_width <= PRESETS["tiny"]["vision_width"]
-    return autocast, (cuda and not tiny) if c.compile is None else c.compile
 
 def join_processes(name):
     """Join the other processes, if torchrun started any -> the device of this process."""
@@ -400,15 +388,15 @@ def check_equal(number, what):
     if len(set(numbers)) > 1:
         raise ValueError(f"processes see different {what}: {numbers}")
 
-def catch_signals(stop):
+def catch_signals(received):
     """After the first signal, a run stops after the step. A second Ctrl-C kills it."""
 
     def receive(number, frame):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if not stop.signal and rank() == 0:
+        if not received and rank() == 0:
             with suppress(OSError):  # a signal handler cannot use print
                 os.write(2, b"\nstopping after this step; Ctrl-C again ends at once\n")
-        stop.signal = number
+        received.append(number)
 
     for number in (getattr(signal, name) for name in data.STOP_SIGNALS):
         with suppress(ValueError):  # only the main thread can receive signals
@@ -419,7 +407,7 @@ def open_log(path, step):
     """-> log.jsonl without the reports after `step`, which will be written again. The file is
     locked until this process ends, so that no other run writes to the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    log = open(path, "a+b")
+    log = open(path, "a+b", buffering=0)  # a report is in the file as soon as it is written
     try:
         fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # worker processes do not inherit the lock
     except (BlockingIOError, PermissionError):
@@ -435,7 +423,6 @@ def open_log(path, step):
     if kept != lines:
         log.truncate(0)
         log.writelines(kept)
-        log.flush()
     return log
 
 def save(path, model, optimizer, c, step, skipped, data_size):
@@ -444,8 +431,7 @@ def save(path, model, optimizer, c, step, skipped, data_size):
     if rank() == 0:
         state = {"state_dict": model.state_dict(), "config": asdict(model.config),
                  "optimizer": optimizer.state_dict(), "train_config": asdict(c), "step": step,
-                 "skipped": dict(skipped), "data_size": data_size,
-                 "epoch": 0}  # open_clip reads the epoch
+                 "skipped": dict(skipped), "data_size": data_size, "epoch": 0}  # for open_clip
         temporary = path.with_suffix(".tmp")
         with data.reading(f"cannot write {path}"), open(temporary, "wb") as file:
             torch.save(state, file)
@@ -473,7 +459,6 @@ def report(log, step, steps, values, text):
     """Report `values` in log.jsonl for programs, and the text on stdout for people."""
     if rank() == 0:
         log.write(json.dumps({"step": step} | values).encode() + b"\n")
-        log.flush()
         line = f"step {step}/{steps}  {text}"
         print0(textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False))
 
@@ -492,9 +477,8 @@ def evaluate_held_out(model, held_out, workers):
         results = evaluate.evaluate(model, held_out, workers=workers)
     except (ValueError, OSError, data.LoadingError) as error:  # a signal can end the workers
         return {}, f"warning: not evaluated: {error}"
-    values = {}
-    for task in results.values():
-        values |= {f"val_{name}": v for name, v in task.items() if isinstance(v, float)}
+    metrics = results.get("zero_shot", {}) | results["retrieval"]
+    values = {f"val_{name}": v for name, v in metrics.items() if isinstance(v, float)}
     top1 = f"  top-1 {values['val_top1']:.1%}" if "val_top1" in values else ""
     return values, f"R@1 {values['val_i2t_r1']:.1%} / {values['val_t2i_r1']:.1%}{top1}"
 
