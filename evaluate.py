@@ -186,8 +186,7 @@ def retrieval(model, held_out, **loading):
     used, pairs[:, 1] = pairs[:, 1].unique(return_inverse=True)  # captions of readable images
     texts = embed_texts(model, [held_out.captions[text] for text in used])
     metrics = retrieval_metrics(model.similarity, images, texts, pairs)
-    what = (f"{len(kept)} images, {len(texts)} captions, any match counts, equal images and equal "
-            "captions count once")
+    what = f"{len(kept)} images, {len(texts)} captions, any match counts, duplicates count once"
     return metrics | protocol(model, what, held_out.images, kept, held_out.skipped)
 
 def evaluate(model, held_out, **loading):

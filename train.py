@@ -186,8 +186,8 @@ def train(c, checkpoint):
         model.load_state_dict(checkpoint["state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     cuda = device.type == "cuda"
-    able = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    bfloat16 = able if c.dtype is None else c.dtype == "bfloat16"
+    supported = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    bfloat16 = supported if c.dtype is None else c.dtype == "bfloat16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)  # for the towers
     tiny = model.config.vision_width <= PRESETS["tiny"]["vision_width"]
     if c.compile or (c.compile is None and cuda and not tiny):
@@ -480,7 +480,8 @@ def evaluate_held_out(model, held_out, workers):
     metrics = results.get("zero_shot", {}) | results["retrieval"]
     values = {f"val_{name}": v for name, v in metrics.items() if isinstance(v, float)}
     top1 = f"  top-1 {values['val_top1']:.1%}" if "val_top1" in values else ""
-    return values, f"R@1 {values['val_i2t_r1']:.1%} / {values['val_t2i_r1']:.1%}{top1}"
+    r1 = f"{values['val_i2t_r1']:.1%} / {values['val_t2i_r1']:.1%}"
+    return values, f"held out: R@1 {r1}{top1}"
 
 @record  # lets torchrun show the traceback of the first process that fails
 def main():
