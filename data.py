@@ -62,14 +62,11 @@ def tokenize(texts, tokenizer, context_length=77):
 def load_image(image, size):
     """Image source -> uint8 (3, size, size), by open_clip's evaluation crop: resize the shorter
     side to `size` (bicubic), then crop the centre square. Raises what Pillow raises."""
-    if callable(image):
-        return to_tensor(image(size))
-    image = to_rgb(open_image(image))
+    image = to_rgb(image(size) if callable(image) else open_image(image))
     w, h = image.size
     x, y = max(0, w - 16 * h) // 2, max(0, h - 16 * w) // 2  # ends of a strip that would get huge
-    w, h = w - 2 * x, h - 2 * y
-    image = image.crop((x, y, x + w, y + h))
-    w, h = size * w // min(w, h), size * h // min(w, h)
+    image = image.crop((x, y, w - x, h - y))
+    w, h = (size * side // min(image.size) for side in image.size)
     left, top = round((w - size) / 2), round((h - size) / 2)
     image = image.resize((w, h), Image.Resampling.BICUBIC)
     return to_tensor(image.crop((left, top, left + size, top + size)))
@@ -101,7 +98,7 @@ def load_training_crop(image, size, scale, rng):
     box = random_box(*image.size, scale, rng)
     return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=1.0))
 
-# ---- the training stream: an endless sequence of samples, in which every position is independent 
+# ---- the training stream: an endless sequence of samples, in which every position is independent
 
 def shuffled(number, count, seed, block=2**16):
     """Position in the endless stream -> index of a sample. Every epoch contains every sample once.
@@ -125,12 +122,10 @@ def read_sample(samples, number, seed, size, crop_scale, skipped):
     rng = random.Random((seed << 48) | number)  # no two seeds share a sequence
     i = samples.at(number, seed)
     for _ in range(100):
-        try:
+        with reading(samples.name(i), skipped):
             image, captions = samples[i]
             caption = rng.choice(clean_captions(captions))
             return load_training_crop(image, size, crop_scale, rng), caption
-        except Exception as error:  # Pillow raises almost any exception on damaged files
-            add_skip(skipped, type(error).__name__, samples.name(i))
         i = rng.randrange(len(samples))  # try another sample
     return torch.zeros(3, size, size, dtype=torch.uint8), ""
 
@@ -152,11 +147,11 @@ def batches(samples, config, batch_size, crop_scale=0.9, seed=0, rank=0, world_s
     samples: see `open_source`; config: the model's. Raises LoadingError once 100 samples, and more
     than a tenth of all, are unreadable, or ValueError if this happens in the first batch."""
     local = batch_size // world_size  # process r takes the r-th slice of each batch
-    starts = itertools.count(step * batch_size + rank * local, batch_size)
+    starts = range(step * batch_size + rank * local, 2**62, batch_size)
     read = partial(read_batch, samples, config, local, crop_scale, seed)
-    settings = {"batch_size": None, "num_workers": workers, "pin_memory": pin_memory}
+    stream = load(starts, read, batch_size=None, num_workers=workers, pin_memory=pin_memory)
     taken, all_skipped = 0, {}
-    for images, tokens, skipped in load(range(2**62), read, sampler=starts, **settings):
+    for images, tokens, skipped in stream:
         all_skipped = merge_skips([all_skipped, skipped])
         taken, bad = taken + len(images), sum(count for count, _ in all_skipped.values())
         if bad >= 100 and bad > 0.1 * (bad + taken):
@@ -167,13 +162,16 @@ def batches(samples, config, batch_size, crop_scale=0.9, seed=0, rank=0, world_s
 # ---- below: vocabularies, decoding, and the files that samples come from -----------------------
 
 @contextmanager
-def reading(name):
-    """Turn any exception raised while reading `name` into a one-line ValueError with that name."""
+def reading(name, skipped=None):
+    """Turn any exception raised while reading `name` into a one-line ValueError with that name or,
+    if `skipped` is given, count it there. Pillow raises almost any exception on damaged files."""
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:400]
-        raise ValueError(f"{name}: {type(error).__name__}: {reason}") from None
+        kind, reason = type(error).__name__, " ".join(str(error).split())[:400]
+        if skipped is None:
+            raise ValueError(f"{name}: {kind}: {reason}") from None
+        add_skip(skipped, kind, name)
 
 def say(*words):
     """Print. If nobody reads stdout any more, this ends the printing, not the run."""
@@ -202,32 +200,26 @@ def merge_skips(several):
 def describe(skipped):
     return ", ".join(f"{n:,} {kind} ({name})" for kind, (n, name) in skipped.items()) or "none"
 
-CLIP_VOCABULARY = (
-    "https://raw.githubusercontent.com/openai/CLIP/d05afc436d78f1c48dc0dbf8e5980a9d471f35f6/"
-    "clip/bpe_simple_vocab_16e6.txt.gz"
-)
+CLIP_VOCABULARY = ("https://raw.githubusercontent.com/openai/CLIP/"
+                   "d05afc436d78f1c48dc0dbf8e5980a9d471f35f6/clip/bpe_simple_vocab_16e6.txt.gz")
 CLIP_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 CLIP_WORDS = regex.compile(r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 
 def clip_tokenizer():
-    """CLIP's byte-pair encoding, computed by tiktoken -> as `find_tokenizer`.
-
-    CLIP's vocabulary marks the last letter of every word: c a t</w>. tiktoken's tokens are byte
-    strings, so we use an extra byte as the mark, a newline after the word: "cat\\n". The first
-    merges join every byte with the newline, which gives CLIP's marked letters. All other merges are
-    CLIP's own.
-    """
+    """CLIP's byte-pair encoding, computed by tiktoken -> as `find_tokenizer`. CLIP's vocabulary
+    marks the last letter of every word: c a t</w>. tiktoken's tokens are byte strings, so we use an
+    extra byte as the mark, a newline after the word: "cat\\n". The first merges join every byte
+    with the newline, which gives CLIP's marked letters. All others are CLIP's own 48,894."""
     file = hashlib.sha1(CLIP_VOCABULARY.encode()).hexdigest()
     with reading(f"put {CLIP_VOCABULARY} into TIKTOKEN_CACHE_DIR as {file}"):
         raw = tiktoken.load.read_file_cached(CLIP_VOCABULARY, CLIP_SHA256)
-    merges = gzip.decompress(raw).decode().split("\n")[1:48_895]  # line 0 is a version; CLIP uses 48,894 merges
     # CLIP writes printable bytes as themselves and the others as chr(256), chr(257), ...
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     byte_of = {256 + i: b for i, b in enumerate(others)}
     tokens = [bytes([b]) for b in printable + others]
     tokens += [token + b"\n" for token in tokens]
-    for merge in merges:
+    for merge in gzip.decompress(raw).decode().split("\n")[1:48_895]:  # line 0 is a version
         token = merge.replace("</w>", "\n").replace(" ", "").translate(byte_of)
         tokens.append(token.encode("latin-1"))
     ranks = {token: i for i, token in enumerate(tokens)}
@@ -288,7 +280,7 @@ def to_rgb(image):
         grey = np.asarray(image, dtype=np.float64)
         top = 65535 if grey.max() > 255 else 255  # 255: 8-bit values in a wider type
         image = Image.fromarray((grey.clip(0, top) * (255 / top)).astype(np.uint8))
-    if "A" in image.mode or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -300,8 +292,7 @@ class NoCaption(ValueError):
     pass
 
 def clean_captions(captions):
-    """A caption or a list of captions -> list of the nonempty ones, without NUL and truncated to
-    10,000 characters. Raises NoCaption if none remains, another error if one is not a string."""
+    """A caption or a list of captions -> list of those not empty. Raises NoCaption if all are."""
     captions = captions if isinstance(captions, list) else [captions]
     captions = [caption.replace("\0", " ").strip()[:10_000] for caption in captions]
     if not any(captions):
@@ -326,7 +317,7 @@ def read_lines(path):
 
 # ---- sources -----------------------------------------------------------------------------------
 
-# What an evaluation needs: N image sources, M strings, pairs (index of an image, index of one of its
+# What an evaluation needs: N image sources, M strings, pairs (index of an image, of one of its
 # captions), skipped files and samples, and images, labels, names and templates of classes or None.
 HeldOut = namedtuple("HeldOut", "images captions pairs skipped classes", defaults=[None])
 
@@ -337,20 +328,19 @@ class Source:
 
     def __init__(self, samples, folder="", skipped=None):
         rows = [json.dumps(sample).encode() for sample in samples]
-        self.text, self.ends = b"".join(rows), np.cumsum([0, *map(len, rows)])
-        self.folder, self.skipped = folder, skipped or {}
+        self.text, self.starts = b"".join(rows), np.cumsum([0, *map(len, rows)])
+        self.count, self.folder, self.skipped = len(rows), folder, skipped or {}
 
     def __len__(self):
-        return len(self.ends) - 1
+        return self.count
 
     def __getitem__(self, i):
         """-> image source, captions."""
-        image, captions = json.loads(self.text[self.ends[i] : self.ends[i + 1]])
+        image, captions = json.loads(self.text[self.starts[i] : self.starts[i + 1]])
         return os.path.join(self.folder, image), captions
 
     def name(self, i):
-        """-> what names sample i in messages."""
-        return self[i][0]
+        return self[i][0]  # names the sample in messages
 
     def at(self, number, seed):
         """Position in the endless training stream -> index of a sample."""
@@ -364,24 +354,20 @@ class Source:
         their captions, and equal captions become one caption, right for each of its images."""
         images, captions, pairs, skipped = {}, {}, {}, merge_skips([self.skipped])
         for i in range(len(self)):
-            try:
+            with reading(self.name(i), skipped):
                 image, texts = self[i]
                 texts, content = clean_captions(texts), hashlib.sha256(read_bytes(image)).digest()
-            except Exception as error:
-                add_skip(skipped, type(error).__name__, self.name(i))
-                continue
-            row, _ = images.setdefault(content, (len(images), image))
-            for text in texts:
-                pairs[row, captions.setdefault(text, len(captions))] = None
+                row, _ = images.setdefault(content, (len(images), image))
+                for text in texts:
+                    pairs[row, captions.setdefault(text, len(captions))] = None
         if not pairs:
-            raise ValueError(f"no image with a caption; skipped: {describe(skipped)}")
+            raise ValueError(f"no captioned image; skipped: {describe(skipped)}")
         return HeldOut([image for _, image in images.values()], [*captions], [*pairs], skipped)
 
 def open_source(source):
     """-> Source. Raises ValueError, OSError or LoadingError."""
     if source == "shapes":
         from lab.shapes import Shapes
-
         return Shapes()
     if "://" in source or source.startswith("pipe:"):
         raise ValueError(f"{source} is not on this machine; download or mount it first")
@@ -394,18 +380,15 @@ def open_source(source):
     else:
         samples = Shards(expand_shards(source))
     if len(samples) == 0:
-        skipped = describe(samples.skipped)
-        raise ValueError(f"no image with a caption in {source}; skipped: {skipped}")
+        raise ValueError(f"no captioned image in {source}; skipped: {describe(samples.skipped)}")
     return samples
 
 def list_files(folder):
-    """-> sorted names of all files below the folder, relative to it. Links to folders are followed,
-    but each folder is read only once, so loops end."""
+    """-> sorted names of all files below the folder, relative to it."""
     names, visited = [], set()
     for path, folders, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(path) in visited:
-            folders.clear()
-            continue
+        if os.path.realpath(path) in visited:  # links may form a loop
+            folders[:], files = [], []
         visited.add(os.path.realpath(path))
         names += [os.path.relpath(os.path.join(path, name), folder) for name in files]
     return sorted(names)
@@ -414,10 +397,10 @@ def is_hidden(name):
     """Whether any part of the name is hidden, or is a folder that macOS adds to archives."""
     return any(part.startswith(".") or part == "__MACOSX" for part in Path(name).parts)
 
-def pair_up(names):
-    """File names -> [(image, text, whether that is a .json)], skipped files. The names of a pair
-    differ only in the extension. The text is a .txt or, if there is none, a .json."""
-    samples, pairs, skipped = {}, [], {}
+def pair_up(names, skipped):
+    """Yields (image, text, whether that is a .json) of file names that differ only in the
+    extension. The text is a .txt or, if there is none, a .json. Other files are skipped."""
+    samples = {}
     for name in itertools.filterfalse(is_hidden, names):
         key, extension = os.path.splitext(name)
         kind = "image" if extension.lower() in IMAGES else f"{extension.lower() or 'other'} file"
@@ -426,23 +409,19 @@ def pair_up(names):
         text = files.get(".txt file") or files.get(".json file")
         stem, suffix = os.path.splitext(key)
         if "image" in files and text:
-            pairs.append((files["image"], text, ".txt file" not in files))
+            yield files["image"], text, ".txt file" not in files
         elif not (suffix and stem in samples):  # 1.seg.png belongs to 1.jpg and is not counted
             for kind, name in files.items():
                 add_skip(skipped, "image without caption" if kind == "image" else kind, name)
-    return pairs, skipped
 
 def read_folder(folder):
     """-> Source. Raises ValueError."""
-    pairs, skipped = pair_up(list_files(folder))
+    samples, skipped = [], {}
+    for image, text, in_json in pair_up(list_files(folder), skipped):
+        with reading(text, skipped):
+            samples.append((image, read_captions(os.path.join(folder, text), in_json)))
     if ".tar file" in skipped:
         raise ValueError(f"{folder} contains tar shards; use '{os.path.join(folder, '*.tar')}'")
-    samples = []
-    for image, text, in_json in pairs:
-        try:
-            samples.append((image, read_captions(os.path.join(folder, text), in_json)))
-        except Exception as error:
-            add_skip(skipped, type(error).__name__, text)
     return Source(samples, folder, skipped)
 
 # A field in quotation marks with a later line that names an image has swallowed other rows.
@@ -467,9 +446,8 @@ def csv_rows(path):
 # ---- tar shards --------------------------------------------------------------------------------
 
 def expand_shards(source):
-    """'a/{000..127}.tar', a glob, or several joined by :: -> list of files. Raises ValueError if a
-    file does not exist. The name of an existing file is not expanded."""
-    if os.path.isfile(source):
+    """'a/{000..127}.tar', a glob, or several joined by :: -> existing files. Raises ValueError."""
+    if os.path.isfile(source):  # even if its name looks like a pattern
         return [source]
     numbers = re.search(r"\{(\d+)\.\.(\d+)\}", source)
     if "::" in source:
@@ -507,22 +485,20 @@ def scan_shard(path):
     return members, skipped
 
 def index_shard(path):
-    """-> {"rows": int64 (samples, 5), "skipped": members}. A row contains the offset and size of
-    the image, the offset and size of the caption, and whether the caption is in a .json. A cache
-    folder keeps the index until the shard's size or ctime (which nobody can set) changes."""
-    stat, cache = os.stat(path), os.environ.get("XDG_CACHE_HOME")
-    cache = cache or os.path.join(os.environ.get("HOME") or tempfile.gettempdir(), ".cache")
-    of = f"{os.path.abspath(path)}.{stat.st_size}.{stat.st_ctime_ns}"
-    file = Path(f"{cache}/nanoeuclip{of}.index.pt")
+    """-> rows int64 (samples, 5), skipped members. A row contains the offset and size of the image,
+    the offset and size of the caption, and whether the caption is in a .json. A cache folder keeps
+    the index until the shard's size or ctime (which nobody can set) changes."""
+    stat, home = os.stat(path), os.environ.get("HOME") or tempfile.gettempdir()
+    cache = os.environ.get("XDG_CACHE_HOME") or f"{home}/.cache"
+    shard = f"{os.path.abspath(path)}.{stat.st_size}.{stat.st_ctime_ns}"
+    file = Path(f"{cache}/nanoeuclip/shards{shard}.index.pt")
     with suppress(Exception):  # the cached file may be missing or damaged
         return torch.load(file, weights_only=True)
     members, skipped = scan_shard(path)
-    pairs, others = pair_up(members)
+    pairs = pair_up(members, skipped)
     rows = [(*members[image], *members[text], in_json) for image, text, in_json in pairs]
-    rows = torch.tensor(rows, dtype=torch.int64).view(-1, 5)
-    skipped = merge_skips([skipped, others])
     skipped = {kind: [count, f"{path}: {name}"] for kind, (count, name) in skipped.items()}
-    index = {"rows": rows, "skipped": skipped}
+    index = torch.tensor(rows, dtype=torch.int64).view(-1, 5), skipped
     with suppress(OSError, RuntimeError):  # without a cache folder, every process scans the shard
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = f"{file}.{os.getpid()}.tmp"
@@ -532,10 +508,6 @@ def index_shard(path):
 
 load_index = lru_cache(64)(index_shard)  # a process keeps 64 indices in memory
 
-def summarize_shard(path):
-    index = index_shard(path)
-    return len(index["rows"]), index["skipped"]
-
 class Shards(Source):
     """The samples of tar shards, one shard after the other. Raises LoadingError or OSError."""
 
@@ -543,15 +515,14 @@ class Shards(Source):
         load_index.cache_clear()
         print0(f"reading the index of {len(paths):,} shards")
         workers = min(len(paths), cores(16))
-        counts, skips = zip(*load(paths, summarize_shard, batch_size=None, num_workers=workers))
-        self.paths, self.ends, self.skipped = paths, np.cumsum(counts), merge_skips(skips)
-
-    def __len__(self):
-        return int(self.ends[-1])
+        indices = load(paths, index_shard, batch_size=None, num_workers=workers)
+        counts, skips = zip(*[(len(rows), skipped) for rows, skipped in indices])
+        self.paths, self.count, self.skipped = paths, sum(counts), merge_skips(skips)
+        self.starts = np.cumsum([0, *counts])
 
     def locate(self, i):
-        shard = int(np.searchsorted(self.ends, i, side="right"))
-        return self.paths[shard], int(i - self.ends[shard - 1]) if shard else i
+        shard = np.searchsorted(self.starts, i, side="right") - 1
+        return self.paths[shard], int(i - self.starts[shard])
 
     def name(self, i):
         path, row = self.locate(i)
@@ -559,7 +530,7 @@ class Shards(Source):
 
     def __getitem__(self, i):
         path, row = self.locate(i)
-        offset, size, text_offset, text_size, in_json = load_index(path)["rows"][row].tolist()
+        offset, size, text_offset, text_size, in_json = load_index(path)[0][row].tolist()
         return (path, offset, size), read_captions((path, text_offset, text_size), in_json)
 
 # ---- loading workers ---------------------------------------------------------------------------
