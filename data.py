@@ -313,7 +313,7 @@ def read_captions(place, in_json=False):
 
 def read_lines(path):
     with reading(path):
-        return read_captions(path)
+        return clean_captions(read_captions(path))
 
 # ---- sources -----------------------------------------------------------------------------------
 

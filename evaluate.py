@@ -247,8 +247,8 @@ def class_folders(folder, classnames=None, templates=None):
         raise ValueError(f"{len(folders)} class folders in {folder} (without images: {empty[:3]}), "
                          f"{len(names)} names in {classnames} (repeated: {repeated[:3]}); "
                          f"skipped: {data.describe(skipped)}")
-    if not templates or not all("{}" in template for template in templates):
-        raise ValueError("templates are missing, or one of them has no {} for the class name")
+    if not all("{}" in template for template in templates):
+        raise ValueError(f"not all templates have {{}} for the class name: {templates}")
     print0(f"class folder {folders[0]} is {names[0]!r}, ..., {folders[-1]} is {names[-1]!r}")
     labels = [folders.index(name) for name in images.values()]
     return list(images), labels, names, templates, skipped
@@ -360,10 +360,7 @@ def run(args):
         task = karpathy_split(args.retrieval, args.images, args.split)
         results["retrieval"] = retrieval(model, task, **loading)
     if args.traverse:
-        captions = data.read_lines(args.captions)
-        if not captions:
-            raise ValueError(f"{args.captions} has no captions")
-        task = args.traverse, captions, args.min_radius
+        task = args.traverse, data.read_lines(args.captions), args.min_radius
         results["traversal"] = traversal(model, *task, **loading)
     if args.val_data or not results:
         source = args.val_data or held_out_source(model.train_config)

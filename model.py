@@ -325,8 +325,6 @@ class CLIP(nn.Module):
             getattr(self, name).clamp_(low, high)
 
 # ---- below: several processes, and checkpoints -------------------------------------------------
-#
-# Each process has N pairs of a batch of N * world_size() pairs.
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1

@@ -615,7 +615,7 @@ def test_traverse_prints_the_captions_from_each_image_to_the_root(checkpoint, ph
     printed = capsys.readouterr().out
     assert "2 captions" in printed and "1 unreadable" in printed and "[ROOT]" in printed
     (photos / "captions.txt").write_text("\n")
-    with pytest.raises(ValueError, match="no captions"):
+    with pytest.raises(ValueError, match="captions.txt: NoCaption"):
         run(checkpoint, *flags)
 
 
