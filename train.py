@@ -220,7 +220,7 @@ def train(c, checkpoint):
     received, loading_error = [], None  # signals, and an error: why this process wants to stop
     catch_signals(received)
     began = since = time.monotonic()
-    counted, waited = start, 0.0  # since the last report: its step, seconds of waiting for data
+    counted = start  # step of the last report, which was at the time `since`
     for step in range(start, steps):
         signals, errors = zip(*gather((received, loading_error)))
         if any(signals + errors):  # if one process must stop, all do
@@ -247,12 +247,10 @@ def train(c, checkpoint):
         else:
             metrics = gradcache_backward(net, model, parts, autocast, c.entailment_weight, K)
 
-        moment = time.monotonic()
         try:
-            batch = next(batches)
+            batch = next(batches)  # meanwhile a GPU computes the gradient
         except data.LoadingError as error:
             loading_error = error
-        waited += time.monotonic() - moment  # meanwhile a GPU computes the gradient
 
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
         if not grad_norm.isfinite():  # on all processes, which share the gradient
@@ -268,7 +266,7 @@ def train(c, checkpoint):
         if done in (1, steps) or done % c.log_every == 0:
             values = dict(zip(metrics, torch.stack([*metrics.values()]).tolist()))  # waits for GPU
             seconds = time.monotonic() - since
-            values |= {"waiting_for_data": waited / seconds, "skipped": skipped.total()}
+            values["skipped"] = skipped.total()
             everyones = gather(values)
             means = {name: sum(v[name] for v in everyones) / world_size() for name in values}
             means |= {"skipped": sum(v["skipped"] for v in everyones), "lr": lr,
@@ -276,7 +274,7 @@ def train(c, checkpoint):
                       "grad_norm": grad_norm.item()}
             left = (steps - done) / (done - counted) * seconds
             report(log, done, steps, means, describe_step(means, c.entailment_weight, left))
-            since, counted, waited = time.monotonic(), done, 0.0
+            since, counted = time.monotonic(), done
         if evaluating or done == steps or done % c.save_every == 0:
             save(path, model, optimizer, c, done, skipped, len(samples))  # evaluating takes long
         if evaluating and main_process:  # the other processes wait in their next `gather`
