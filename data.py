@@ -296,7 +296,7 @@ def clean_captions(captions):
     captions = captions if isinstance(captions, list) else [captions]
     captions = [caption.replace("\0", " ").strip()[:10_000] for caption in captions]
     if not any(captions):
-        raise NoCaption
+        raise NoCaption("there is no text")
     return [caption for caption in captions if caption]
 
 def read_captions(place, in_json=False):

@@ -443,8 +443,6 @@ def loss(log, name, batch_size, path):
 
 def draw_checkpoint(checkpoint, folder, captions_file=None):
     captions = list(dict.fromkeys(data.read_lines(captions_file))) if captions_file else None
-    if captions == []:
-        raise ValueError(f"{captions_file} has no captions")
     subject, log = Subject(checkpoint), Path(checkpoint).with_name("log.jsonl")
     distances([subject], folder / "distances.png")
     contact(subject, folder / "contact.png")

@@ -148,7 +148,7 @@ def test_the_traversal_of_other_data_needs_a_file_of_captions(tmp_path, monkeypa
     assert set(drawn) == {"distances", "contact", "traversal"}
     assert len(drawn["traversal"]) == 2 * (108 + 4 * 92)  # a strip for each of the four photos
     captions.write_text("\n")
-    with pytest.raises(SystemExit, match="captions.txt has no captions"):
+    with pytest.raises(SystemExit, match="captions.txt: NoCaption: there is no text"):
         drawn_by(path, tmp_path / "none", monkeypatch, "--captions", captions)
     with pytest.raises(SystemExit):
         drawn_by("geometry", tmp_path / "none", monkeypatch, "--captions", captions)
