@@ -64,7 +64,7 @@ def load_image(image, size):
     side to `size` (bicubic), then crop the centre square. Raises what Pillow raises."""
     image = to_rgb(image(size) if callable(image) else open_image(image))
     w, h = image.size
-    x, y = max(0, w - 16 * h) // 2, max(0, h - 16 * w) // 2  # ends of a strip that would get huge
+    x, y = max(0, w - 16 * h) // 2, max(0, h - 16 * w) // 2  # ends of a strip beyond 16:1
     image = image.crop((x, y, w - x, h - y))
     w, h = (size * side // min(image.size) for side in image.size)
     left, top = round((w - size) / 2), round((h - size) / 2)
@@ -101,13 +101,13 @@ def load_training_crop(image, size, scale, rng):
 # ---- the training stream: an endless sequence of samples, in which every position is independent
 
 def shuffled(number, count, seed, block=2**16):
-    """Position in the endless stream -> index of a sample. Every epoch contains every sample once.
-    It shuffles blocks of consecutive samples (a shorter block comes last), and the samples within
-    each block. So nearby positions come from a few shards."""
+    """Position in the endless stream -> index of one of `count` samples. Every epoch contains each
+    sample once. It shuffles blocks of consecutive samples (a shorter block comes last), and the
+    samples within each block. So nearby positions come from a few shards."""
     epoch, i = divmod(number, count)
     b, i = divmod(i, block)
     if b < count // block:
-        b = int(permutation(count // block, seed, epoch)[b])  # b-th block of this epoch
+        b = int(permutation(count // block, seed, epoch)[b])  # the block at position b
     size = min(block, count - b * block)
     return b * block + int(permutation(size, seed, epoch, b)[i])
 
@@ -117,8 +117,7 @@ def permutation(count, *seed):
 
 def read_sample(samples, number, seed, size, crop_scale, skipped):
     """The sample at a position of the stream -> image uint8 (3, size, size), caption. Unreadable
-    samples are counted in `skipped` and replaced. After 100 of them the image is black, and
-    `batches` ends the run."""
+    samples are counted in `skipped` and replaced. After 100 of them -> None."""
     rng = random.Random((seed << 48) | number)  # no two seeds share a sequence
     i = samples.at(number, seed)
     for _ in range(100):
@@ -126,36 +125,37 @@ def read_sample(samples, number, seed, size, crop_scale, skipped):
             image, captions = samples[i]
             caption = rng.choice(clean_captions(captions))
             return load_training_crop(image, size, crop_scale, rng), caption
-        i = rng.randrange(len(samples))  # try another sample
-    return torch.zeros(3, size, size, dtype=torch.uint8), ""
+        i = rng.randrange(len(samples))  # after an exception: try another sample
 
 def read_batch(samples, config, count, crop_scale, seed, start):
     """`count` samples from a position of the stream -> images uint8 (N, 3, H, W), tokens int64
     (N, T), skipped samples. T is the longest caption's length, rounded up to a multiple of 8 so
-    that few shapes occur."""
+    that few shapes occur. If a sample cannot be replaced, images and tokens are None."""
     skipped, read = {}, []
     for number in range(start, start + count):
         read.append(read_sample(samples, number, seed, config.image_size, crop_scale, skipped))
+    if None in read:
+        return None, None, skipped
     images, captions = zip(*read)
     tokens = tokenize(captions, config.tokenizer, config.context_length)
-    longest = int((tokens == config.vocab_size - 1).int().argmax(1).max()) + 1
+    longest = int(tokens.nonzero()[:, 1].max()) + 1  # after the last end token all is padding
     return torch.stack(images), tokens[:, : 8 * math.ceil(longest / 8)].contiguous(), skipped
 
 def batches(samples, config, batch_size, crop_scale=0.9, seed=0, rank=0, world_size=1, workers=0,
             step=0, pin_memory=False):
     """Endless batches (images, tokens, skipped samples) of this process, beginning at `step`.
-    samples: see `open_source`; config: the model's. Raises LoadingError once 100 samples, and more
-    than a tenth of all, are unreadable, or ValueError if this happens in the first batch."""
+    samples: see `open_source`; config: the model's. Raises LoadingError once 100 samples are
+    unreadable, one after the other or a tenth of all, or ValueError if it is the first batch."""
     local = batch_size // world_size  # process r takes the r-th slice of each batch
-    starts = range(step * batch_size + rank * local, 2**62, batch_size)
+    starts = range(step * batch_size + rank * local, 2**62, batch_size)  # each becomes a batch
     read = partial(read_batch, samples, config, local, crop_scale, seed)
     stream = load(starts, read, batch_size=None, num_workers=workers, pin_memory=pin_memory)
     taken, all_skipped = 0, {}
     for images, tokens, skipped in stream:
         all_skipped = merge_skips([all_skipped, skipped])
-        taken, bad = taken + len(images), sum(count for count, _ in all_skipped.values())
-        if bad >= 100 and bad > 0.1 * (bad + taken):
-            kind = ValueError if taken == len(images) else LoadingError  # ValueError: wrong data
+        taken, bad = taken + local, sum(count for count, _ in all_skipped.values())
+        if images is None or (bad >= 100 and bad > 0.1 * (bad + taken)):
+            kind = ValueError if taken == local else LoadingError  # ValueError: wrong data
             raise kind(f"{bad:,} of {bad + taken:,} samples tried are bad: {describe(all_skipped)}")
         yield images, tokens, skipped
 
@@ -188,13 +188,14 @@ def print0(*words):
         say(*words)
 
 def add_skip(skipped, kind, name, count=1):
-    """skipped: {kind: [how many samples or files of that kind were skipped, name of the first]}."""
+    """Count one more in skipped: {kind: [number of skipped samples or files, the first's name]}."""
     skipped.setdefault(kind, [0, str(name)])[0] += count
 
 def merge_skips(several):
     total = {}
-    for kind, (count, name) in itertools.chain.from_iterable(s.items() for s in several):
-        add_skip(total, kind, name, count)
+    for skipped in several:
+        for kind, (count, name) in skipped.items():
+            add_skip(total, kind, name, count)
     return total
 
 def describe(skipped):
@@ -206,7 +207,7 @@ CLIP_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 CLIP_WORDS = regex.compile(r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 
 def clip_tokenizer():
-    """CLIP's byte-pair encoding, computed by tiktoken -> as `find_tokenizer`. CLIP's vocabulary
+    """CLIP's byte-pair encoding by tiktoken -> (function: text to ids, V). CLIP's vocabulary
     marks the last letter of every word: c a t</w>. tiktoken's tokens are byte strings, so we use an
     extra byte as the mark, a newline after the word: "cat\\n". The first merges join every byte
     with the newline, which gives CLIP's marked letters. All others are CLIP's own 48,894."""
@@ -270,7 +271,7 @@ def to_rgb(image):
     """PIL image -> RGB, upright, over white. We rescale 16-bit grey, which Pillow would clip."""
     image.load()
     with suppress(Exception):  # ignore EXIF data that cannot be parsed
-        image.getexif()  # Pillow keeps what it has parsed
+        image.getexif()  # Pillow keeps what it could parse
     for name in ("exif", "Raw profile type exif"):  # exif_transpose would rewrite them and can fail
         image.info.pop(name, None)
     image = ImageOps.exif_transpose(image)
@@ -303,7 +304,7 @@ def read_captions(place, in_json=False):
     """A .txt (one caption per line) or a .json, see `read_bytes` -> captions. Raises UnicodeError
     for other encodings than UTF-8, and what json raises."""
     text = read_bytes(place).decode("utf-8-sig")
-    # Every second byte of UTF-16 is below 16 in most alphabets. Words between tabs have fewer.
+    # Nearly half of the bytes of UTF-16 are below 16, in most alphabets. In text, far fewer are.
     if len(re.findall(r"[\0-\t\v\f\x0e\x0f]", text)) > 0.4 * len(text):
         raise UnicodeError("this is UTF-16 without a byte order mark")
     if in_json:
@@ -359,7 +360,8 @@ class Source:
                 texts, content = clean_captions(texts), hashlib.sha256(read_bytes(image)).digest()
                 row, _ = images.setdefault(content, (len(images), image))
                 for text in texts:
-                    pairs[row, captions.setdefault(text, len(captions))] = None
+                    column = captions.setdefault(text, len(captions))
+                    pairs[row, column] = None  # a set in the order of insertion
         if not pairs:
             raise ValueError(f"no captioned image; skipped: {describe(skipped)}")
         return HeldOut([image for _, image in images.values()], [*captions], [*pairs], skipped)
@@ -391,7 +393,7 @@ def list_files(folder):
             folders[:], files = [], []
         visited.add(os.path.realpath(path))
         names += [os.path.relpath(os.path.join(path, name), folder) for name in files]
-    return sorted(names)
+    return sorted(itertools.filterfalse(is_hidden, names))
 
 def is_hidden(name):
     """Whether any part of the name is hidden, or is a folder that macOS adds to archives."""
@@ -399,7 +401,7 @@ def is_hidden(name):
 
 def pair_up(names, skipped):
     """Yields (image, text, whether that is a .json) of file names that differ only in the
-    extension. The text is a .txt or, if there is none, a .json. Other files are skipped."""
+    extension. The text is a .txt or, if there is none, a .json. Others are skipped."""
     samples = {}
     for name in itertools.filterfalse(is_hidden, names):
         key, extension = os.path.splitext(name)
@@ -458,7 +460,7 @@ def expand_shards(source):
         parts = [source.replace(numbers[0], name, 1) for name in names]
     else:
         parts = sorted(glob.glob(source))
-    if parts in ([], [source]):
+    if parts in ([], [source]):  # the pattern matches nothing, or is none
         raise ValueError(f"there is no file or folder {os.path.abspath(source)}")
     return list(itertools.chain.from_iterable(map(expand_shards, parts)))
 
@@ -535,7 +537,8 @@ class Shards(Source):
 
 # ---- loading workers ---------------------------------------------------------------------------
 
-STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU,
+                signal.SIGHUP)
 
 def cores(most=32, processes=1):
     """Cores for each process on this machine, at most `most`."""
@@ -548,8 +551,8 @@ class LoadingError(RuntimeError):
 def prepare_worker(worker):
     """Signals may reach all processes, but only the training decides when to stop, so workers
     ignore them. SIGTERM must end workers, so they drop the training's handler for it."""
-    for name in STOP_SIGNALS:
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 def share(collate, samples):
@@ -562,7 +565,8 @@ def share(collate, samples):
     return batch
 
 def load(dataset, collate, **settings):
-    """Yields collate(samples) of each batch. Raises LoadingError if a worker fails."""
+    """Yields collate(samples) of each batch, or of each sample if batch_size is None. Raises
+    LoadingError if a worker fails."""
     settings |= {"worker_init_fn": prepare_worker, "collate_fn": partial(share, collate)}
     loader = DataLoader(dataset, **settings)
     try:

@@ -46,7 +46,8 @@ def wrong_before_right(similarity, queries, candidates, matches):
     queries (N, D), candidates (M, D), matches (P, 2): indices of a query and of a right candidate
     -> int64 (N,), 0 is best. For queries without a right candidate the count is meaningless.
     """
-    counts, block = [], max(1, min(1024, 2**24 // max(1, len(candidates))))  # limits the memory
+    counts = []
+    block = max(1, min(1024, 2**24 // max(1, len(candidates))))  # of queries, to limit the memory
     query, candidate = matches.to(queries.device).unbind(1)
     for start in range(0, len(queries), block):
         similarities = similarity(queries[start : start + block], candidates)  # (block, M)
@@ -57,9 +58,9 @@ def wrong_before_right(similarity, queries, candidates, matches):
         counts.append(((similarities >= best) & ~right).sum(1))
     return torch.cat(counts).cpu()
 
-def recall_at_k(wrong, k, candidates):
-    """Fraction of queries with a right answer in the top k; None if candidates < k."""
-    return (wrong < k).double().mean().item() if k <= candidates else None
+def recall_at_k(wrong, k, total):
+    """Fraction of queries with a right answer in the top k of `total` candidates; None if fewer."""
+    return (wrong < k).double().mean().item() if k <= total else None
 
 def zero_shot_metrics(similarity, images, classes, labels):
     """images (N, D), classes (M, D), labels int64 (N,) -> dict. Raises ValueError."""
@@ -78,8 +79,8 @@ def retrieval_metrics(similarity, images, texts, pairs):
     belong together, any number per image and per text -> dict.
 
     i2t_r1, ...: fraction of images with texts that have any of their texts in the top k.
-    t2i_r1, ...: fraction of texts that have any of their images in the top k. mean_r1: mean of
-    both."""
+    t2i_r1, ...: fraction of texts that have any of their images in the top k.
+    mean_r1: mean of i2t_r1 and t2i_r1."""
     out, chance, pairs = {}, {}, pairs.cpu()
     for name, queries, candidates, matches in (("i2t", images, texts, pairs),
                                                ("t2i", texts, images, pairs.flip(1))):
@@ -99,7 +100,7 @@ def traverse(model, images, texts, min_radius=None):
     specific to general.
 
     Returns a list of (step, index of a text) for each image, ordered by step. It contains each text
-    that is the nearest one somewhere on the path, at the first of the S steps where it is. Index M
+    that is the nearest one somewhere on the path, with the first step at which it is. Index M
     stands for the root, which is always a candidate and wins ties. With a min_radius, the texts
     (M, D) are candidates only at the points that their cones contain. Source: MERU; EuCLIP, Figures
     3 and 5.
@@ -165,6 +166,7 @@ def embed_classes(model, names, templates):
 # ---- tasks: metrics of a model, and a sentence that states the evaluation protocol -------------
 
 def protocol(model, what, images, kept, skipped=None):
+    """-> {"protocol": what was evaluated, how it was ranked, which images were skipped}."""
     ranked = f"{what}, ranked by {model.config.geometry}/{model.config.logit}"
     skipped = dict(skipped or {})
     for i in sorted(set(range(len(images))) - set(kept)):
@@ -205,14 +207,15 @@ def last_min_radius(model):
     flags = model.train_config
     if not model.geometry.cones or flags.get("entailment_weight", 1) == 0:
         return None
-    last = flags.get("final_min_radius")  # third-party checkpoints store no K; the authors' is 0.1
+    last = flags.get("final_min_radius")
+    # Third-party checkpoints do not store K. The authors' is 0.1.
     return flags.get("min_radius", 0.1) if last is None else last
 
 def traversal(model, images, captions, min_radius=None, **loading):
     """Image sources, M strings -> {image: [(position from 0 (image) to 1 (root), caption)]},
     protocol. min_radius is K of the cones; 0: no cones; None: as in training."""
     texts = list(dict.fromkeys(captions))
-    K = last_min_radius(model) if min_radius is None else min_radius or None
+    K = last_min_radius(model) if min_radius is None else (min_radius or None)
     embeddings, kept = embed_images(model, images, **loading)
     found = traverse(model, embeddings, embed_texts(model, texts), K)
     among = "" if K is None else f" whose cone contains the point (K = {K:g})"
@@ -233,13 +236,12 @@ def class_folders(folder, classnames=None, templates=None):
     folders = [path.name for path in visible if path.is_dir()]
     folders.sort(key=int if all(map(str.isdecimal, folders)) else None)
     images, skipped = {}, {}  # images: {path: its class folder}
-    for file in [file for file in data.list_files(folder) if not data.is_hidden(file)]:
+    for file in data.list_files(folder):
         if os.path.dirname(file) in folders and file.lower().endswith(data.IMAGES):
             images[os.path.join(folder, file)] = os.path.dirname(file)
         else:
             data.add_skip(skipped, "file that is no image of a class", file)
-    names = [name.replace("_", " ") for name in folders]
-    names = data.read_lines(classnames) if classnames else names
+    names = data.read_lines(classnames) if classnames else [f.replace("_", " ") for f in folders]
     templates = data.read_lines(templates) if templates else PROMPTS
     empty = sorted(set(folders) - set(images.values()))
     repeated = [name for name, count in Counter(names).items() if count > 1]
@@ -309,8 +311,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         end(f"{self.prog}: {message}")
 
-def underscores(flag):
-    return flag[1] + flag[2].replace("-", "_")
+def underscores(match):
+    return match[1] + match[2].replace("-", "_")
 
 NEEDS = {"classnames": "classification", "templates": "classification", "captions": "traverse",
          "traverse": "captions", "min_radius": "traverse", "retrieval": "images",

@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from geometry import find_geometry
+from geometry import GEOMETRIES
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, per RGB channel
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -56,7 +56,9 @@ class Config:
     quick_gelu: bool = False  # True for OpenAI's own weights
 
     def __post_init__(self):
-        geometry = find_geometry(self.geometry)
+        if self.geometry not in GEOMETRIES:
+            raise ValueError(f"geometry {self.geometry!r} is none of {', '.join(GEOMETRIES)}")
+        geometry = GEOMETRIES[self.geometry]
         self.logit = geometry.find_logit(self.logit)
         if self.final_ln is None:
             self.final_ln = geometry.final_ln
@@ -123,7 +125,7 @@ class Block(nn.Module):
     def forward(self, x, pool_index=None, packing=None):
         x = x + self.attn(self.ln_1(x), packing)
         if pool_index is not None:
-            x = x.flatten(0, -2).index_select(0, pool_index)  # (N, C)
+            x = x.flatten(0, -2).index_select(0, pool_index)  # (N * T or R, C) -> (N, C)
         return x + self.mlp(self.ln_2(x))
 
 class Transformer(nn.Module):
@@ -183,7 +185,7 @@ def pack_tokens(tokens, vocab_size):
     lengths = caption_lengths(tokens, vocab_size)
     real = (torch.arange(T, device=tokens.device) < lengths[:, None]).flatten()
     R = N * math.ceil(int(real.sum()) / max(1, N))
-    return (~real).int().argsort(stable=True)[:R]  # real tokens in order, then a few of padding
+    return (~real).int().argsort(stable=True)[:R]  # False first: real tokens, then padding
 
 # ------------------------------------------------------------------------------------------------
 
@@ -194,7 +196,7 @@ class CLIP(nn.Module):
         super().__init__()
         c = self.config = config
         C = c.text_width
-        self.geometry = find_geometry(c.geometry)
+        self.geometry = GEOMETRIES[c.geometry]
         self.visual = VisionTransformer(c)
         self.token_embedding = nn.Embedding(c.vocab_size, C)
         self.positional_embedding = nn.Parameter(torch.empty(c.context_length, C))
@@ -287,8 +289,6 @@ class CLIP(nn.Module):
         Averaged over all processes, loss and gradients equal those of one process with all pairs.
         """
         geometry, logit, N = self.geometry, self.config.logit, len(image)
-        if entailment_weight > 0 and not geometry.cones:
-            raise ValueError(f"entailment_weight needs cones, but {self.config.geometry} has none")
         scale, curv = scalars.unbind()
         with torch.autocast(image.device.type, enabled=False):
             all_image, all_text = image, text  # (M, D)
@@ -303,7 +303,7 @@ class CLIP(nn.Module):
             text_loss = F.cross_entropy(text_logits, match)
             loss = contrastive = (image_loss + text_loss) / 2
             metrics = {"contrastive": contrastive, "logit_scale": scale, "curvature": curv}
-            if geometry.cones:
+            if geometry.cones or entailment_weight > 0:  # raises ValueError without cones
                 outside = geometry.entailment_loss(text, image, min_radius, curv)  # (N,)
                 metrics["entailment"] = outside.mean()  # for the log even if its weight is 0
                 metrics["in_cone"] = (outside == 0).float().mean()
@@ -320,8 +320,7 @@ class CLIP(nn.Module):
         """Call this after every optimizer step. A clamp in the forward pass would have gradient 0
         outside the bounds, so a scalar that left them could never return."""
         self.logit_scale.clamp_(max=math.log(self.config.max_logit_scale))
-        learned = self.geometry.learned_scalars(self.config.embed_dim)
-        for name, (_, low, high) in learned.items():
+        for name, (_, low, high) in self.geometry.learned_scalars(self.config.embed_dim).items():
             getattr(self, name).clamp_(low, high)
 
 # ---- below: several processes, and checkpoints -------------------------------------------------
@@ -345,7 +344,7 @@ class AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         received = torch.empty_like(grad)
-        # Together with the sum this is a reduce_scatter, for which gloo sends twice as much.
+        # With the sum below this is a reduce_scatter; gloo's own would send twice as much.
         dist.all_to_all_single(received, grad.contiguous())
         return received.unflatten(0, (world_size(), -1)).sum(0)
 
@@ -361,8 +360,9 @@ def load_checkpoint(path):
         raise ValueError(f"there is no file {path}")
     try:
         checkpoint = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
-        for name in ("state_dict", "config", "train_config"):
-            checkpoint[name]  # KeyError says what a file of another program lacks
+        missing = {"state_dict", "config", "train_config"} - checkpoint.keys()
+        if missing:
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except Exception as error:  # damaged files raise almost any exception
         raise ValueError(
             f"{path} ({os.path.getsize(path):,} bytes) is not a checkpoint of train.py. If another "
@@ -383,5 +383,5 @@ def load_model(path):
     return model.eval()
 
 def describe_error(error):
-    text = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split())  # torch prints words in bold
-    return f"{type(error).__name__}: {text.partition('. ')[0]:.300}"  # and then gives advice
+    text = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split())  # without torch's bold print
+    return f"{type(error).__name__}: {text.partition('. ')[0]:.300}"  # without torch's advice

@@ -59,7 +59,7 @@ class TrainConfig:
     entailment_weight: float = flag(0.0, "lambda, the weight of the entailment loss, at least 0")
     min_radius: float = flag(0.1, "K, at least 0; a larger K makes wider cones")
     final_min_radius: float | None = flag(None, "K changes linearly to this value at the last step")
-    init_logit_scale: float | None = fixed(None, "log space; default: see README", math.isfinite)
+    init_logit_scale: float | None = fixed(None, "log space; default: the logit's", math.isfinite)
     max_logit_scale: float = flag(100.0, "a factor (not its log) > 0", lambda x: 0 < x < math.inf)
     model: str | None = fixed(None, f"default: tiny; {', '.join(PRESETS)}", PRESETS.__contains__)
     final_ln: bool | None = fixed(None, "whether both towers end with a LayerNorm")
@@ -113,11 +113,11 @@ def build_model(c):
     if scale is None and c.data == "shapes":  # short runs need other values; see README, Pitfalls
         scale = {"squared": 2.0, "cosine": 3.4, "arc": 3.4}.get(c.logit, 3.0)
     elif scale is None:
-        scale = GEOMETRIES[c.geometry].init_logit_scale(c.logit, cones=c.entailment_weight > 0)
+        scale = GEOMETRIES[c.geometry].init_logit_scale(c.logit, entailment=c.entailment_weight > 0)
     tokenizer = c.tokenizer or ("bytes" if c.model == "tiny" else "clip")
-    settings = {"geometry": c.geometry, "logit": c.logit, "final_ln": c.final_ln,
-                "tokenizer": tokenizer, "vocab_size": data.vocab_size(tokenizer)}
-    return CLIP(Config(**PRESETS[c.model], **settings, init_logit_scale=scale))
+    return CLIP(Config(**PRESETS[c.model], geometry=c.geometry, logit=c.logit, final_ln=c.final_ln,
+                       init_logit_scale=scale, tokenizer=tokenizer,
+                       vocab_size=data.vocab_size(tokenizer)))
 
 def build_optimizer(model, c):
     """-> AdamW with weight decay on matrices, not on gains, biases, the class token and scalars."""
@@ -129,18 +129,18 @@ def build_optimizer(model, c):
 
 def split_batch(images, tokens, micro_batch, vocab_size, device):
     """-> [(images, tokens, index)] on the device, micro_batch samples each (0: all samples)."""
-    size = micro_batch or len(images)
-    parts = []
-    for images, tokens in zip(images.split(size), tokens.split(size)):
-        part = images, tokens, pack_tokens(tokens, vocab_size)
-        part = [x.to(device, non_blocking=True) for x in part]
-        torch._dynamo.maybe_mark_dynamic(part[1], 1)  # compile once for captions of all lengths
-        torch._dynamo.maybe_mark_dynamic(part[2], 0)
-        parts.append(part)
+    size, parts = micro_batch or len(images), []
+    for part in zip(images.split(size), tokens.split(size)):
+        index = pack_tokens(part[1], vocab_size)
+        images, tokens, index = (x.to(device, non_blocking=True) for x in (*part, index))
+        torch._dynamo.maybe_mark_dynamic(tokens, 1)  # compile once for captions of all lengths
+        torch._dynamo.maybe_mark_dynamic(index, 0)
+        parts.append((images, tokens, index))
     return parts
 
 def gradcache_backward(net, model, parts, autocast, *loss_args):
-    """Gradients of the whole batch with only a part of it in memory (GradCache, arXiv:2101.06983).
+    """Gradients of the whole batch, with the activations of one part at a time (GradCache,
+    arXiv:2101.06983).
 
     First embed all parts without gradient. Then compute the loss of the whole batch and the
     gradients of the embeddings. Finally embed each part again and backpropagate its rows of these
@@ -169,8 +169,8 @@ def gradcache_backward(net, model, parts, autocast, *loss_args):
 def train(c, checkpoint):
     """Start a run, or resume the run of a checkpoint (a new run: {}). Raises ValueError or OSError
     for errors that the user can fix."""
-    device, main_process = join_processes(c.device), rank() == 0
-    path, start = Path(c.out_dir, "ckpt.pt"), checkpoint.get("step", 0)
+    device = join_processes(c.device)
+    main_process, path, start = rank() == 0, Path(c.out_dir, "ckpt.pt"), checkpoint.get("step", 0)
     steps = validate(c, start)
     check_equal(start, f"{path}; it must be on a shared disk")
     if start >= steps:
@@ -179,7 +179,7 @@ def train(c, checkpoint):
     # model and optimizer
     model = CLIP(Config(**checkpoint["config"])) if checkpoint else build_model(c)
     model.config.max_logit_scale = c.max_logit_scale
-    c.tokenizer = model.config.tokenizer  # the log shows it
+    c.tokenizer = model.config.tokenizer  # to be printed and saved
     model.to(device)
     optimizer = build_optimizer(model, c)
     if checkpoint:
@@ -200,24 +200,24 @@ def train(c, checkpoint):
     if not main_process:
         barrier()
     samples = data.open_source(c.data)
-    val_data = evaluate.held_out_source(asdict(c))
-    held_out = data.open_source(val_data).held_out() if val_data and main_process else None
     if main_process:
         barrier()
+    val_data = evaluate.held_out_source(asdict(c))
+    held_out = data.open_source(val_data).held_out() if val_data and main_process else None
     check_equal(len(samples), f"numbers of samples in {c.data}")
     if len(samples) != checkpoint.get("data_size", len(samples)):
         raise ValueError(f"{c.data} has {len(samples):,} samples, but the run has begun with "
                          f"{checkpoint['data_size']:,}")
     stream = data.batches(samples, model.config, c.batch_size, c.crop_scale, c.seed, rank(),
-                          world_size(), c.workers, start, cuda)
+                          world_size(), c.workers, step=start, pin_memory=cuda)
     batches = ((split_batch(images, tokens, c.micro_batch, model.config.vocab_size, device),
                 skipped) for images, tokens, skipped in stream)
     batch = next(batches)  # may raise, before the folder of the run exists
-    skipped = Counter(checkpoint.get("skipped", {}) if main_process else {})  # of this process
+    skipped = Counter(checkpoint.get("skipped", {}) if main_process else {})
 
     log = open_log(path.with_name("log.jsonl"), start) if main_process else None
     print_start(c, model, device, steps, checkpoint, samples)
-    received, loading_error = [], None  # signals, and an error: why this process wants to stop
+    received, loading_error = [], None  # why this process wants to stop: signals, an error
     catch_signals(received)
     began = since = time.monotonic()
     counted = start  # step of the last report, which was at the time `since`
@@ -269,7 +269,7 @@ def train(c, checkpoint):
             values["skipped"] = skipped.total()
             everyones = gather(values)
             means = {name: sum(v[name] for v in everyones) / world_size() for name in values}
-            means |= {"skipped": sum(v["skipped"] for v in everyones), "lr": lr,
+            means |= {"lr": lr, "skipped": sum(v["skipped"] for v in everyones),  # no mean
                       "samples_per_second": (done - counted) * c.batch_size / seconds,
                       "grad_norm": grad_norm.item()}
             left = (steps - done) / (done - counted) * seconds
@@ -326,8 +326,9 @@ def validate(c, done):
         value = getattr(c, f.name)
         if value is not None and not f.metadata["allowed"](value):
             raise ValueError(f"--{f.name} {value} is not allowed: {f.metadata['help']}")
-    geometry, steps = GEOMETRIES[c.geometry], c.samples // c.batch_size
-    c.logit, local = geometry.find_logit(c.logit), c.batch_size // world_size()
+    steps, local = c.samples // c.batch_size, c.batch_size // world_size()
+    geometry = GEOMETRIES[c.geometry]
+    c.logit = geometry.find_logit(c.logit)
     c.warmup = min(500, steps * 2 // 5) if c.warmup is None else c.warmup
     c.eval_every = c.eval_every or max(1, math.ceil(steps / 5))
     if c.workers is None:
@@ -336,7 +337,7 @@ def validate(c, done):
         (os.path.isfile(c.out_dir), f"--out_dir {c.out_dir} is not a folder"),
         (c.entailment_weight and not geometry.cones,
          f"--entailment_weight needs cones, but {c.geometry} has none; change --geometry"),
-        (c.init_from and c.model and not done, "--init_from determines the sizes; remove --model"),
+        (c.init_from and c.model, "--init_from determines the sizes; remove --model"),
         (c.batch_size % world_size(), f"--batch_size is not divisible by {world_size()} processes"),
         (c.micro_batch and local % c.micro_batch,
          f"--micro_batch {c.micro_batch} does not divide the {local} samples of a process"),
@@ -360,7 +361,7 @@ def join_processes(name):
     if device.type == "cuda":
         torch.cuda.set_device(device)  # so that it allocates on no other GPU
     if local == "0":
-        place = ":".join(os.environ.get(f"MASTER_{part}", "?") for part in ("ADDR", "PORT"))
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         data.say(f"waiting for {os.environ.get('WORLD_SIZE')} processes at {place}")
     # The timeout is a day, because process 0 may evaluate for hours while the others wait. If a
     # process fails, torchrun ends the others.
@@ -387,7 +388,7 @@ def check_equal(number, what):
         raise ValueError(f"processes see different {what}: {numbers}")
 
 def catch_signals(received):
-    """After the first signal, a run stops after the step. A second Ctrl-C kills it."""
+    """After the first signal, a run stops after the step. Ctrl-C then kills it."""
 
     def receive(number, frame):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -396,7 +397,7 @@ def catch_signals(received):
                 os.write(2, b"\nstopping after this step; Ctrl-C again ends at once\n")
         received.append(number)
 
-    for number in (getattr(signal, name) for name in data.STOP_SIGNALS):
+    for number in data.STOP_SIGNALS:
         with suppress(ValueError):  # only the main thread can receive signals
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, receive)
@@ -415,8 +416,8 @@ def open_log(path, step):
     log.seek(0)
     lines, kept = log.read().splitlines(keepends=True), []
     for line in lines:
-        report = re.match(rb'\s*\{"step": (\d+)', line)
-        if not report or int(report[1]) <= step:
+        match = re.match(rb'\s*\{"step": (\d+)', line)
+        if not match or int(match[1]) <= step:
             kept.append(line if line.endswith((b"\n", b"\r")) else line + b"\n")
     if kept != lines:
         log.truncate(0)
@@ -460,9 +461,9 @@ def report(log, step, steps, values, text):
         line = f"step {step}/{steps}  {text}"
         print0(textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False))
 
-def describe_step(values, cones, seconds_left):
+def describe_step(values, entailment_weight, seconds_left):
     text = f"loss {values['loss']:.4g}"
-    if cones:
+    if entailment_weight:
         text += f"  entailment {values['entailment']:.2f}  in cone {values['in_cone']:.0%}"
     left = str(datetime.timedelta(seconds=int(seconds_left))).removeprefix("0:")
     text += f"  lr {values['lr']:.1e}  {values['samples_per_second']:,.0f} samples/s  {left} left"
