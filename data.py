@@ -133,9 +133,10 @@ def read_batch(samples, config, count, crop_scale, seed, start):
     that few shapes occur. If a sample cannot be replaced, images and tokens are None."""
     skipped, read = {}, []
     for number in range(start, start + count):
-        read.append(read_sample(samples, number, seed, config.image_size, crop_scale, skipped))
-    if None in read:
-        return None, None, skipped
+        sample = read_sample(samples, number, seed, config.image_size, crop_scale, skipped)
+        if sample is None:
+            return None, None, skipped
+        read.append(sample)
     images, captions = zip(*read)
     tokens = tokenize(captions, config.tokenizer, config.context_length)
     longest = int(tokens.nonzero()[:, 1].max()) + 1  # after the last end token all is padding

@@ -1145,6 +1145,28 @@ def bad_shard(path, bad):
     return data.open_source(write_shard(path, [(b"", "x")] * bad + [(tiny, "x")] * (25 - bad)))
 
 
+class Breaks(shapes.Shapes):
+    """Shapes that become unreadable at once, as on a disk that fails."""
+
+    broken = False
+
+    def __getitem__(self, i):
+        if self.broken:
+            raise OSError
+        return super().__getitem__(i)
+
+
+def test_training_never_gets_an_image_that_stands_for_an_unreadable_one():
+    """After 2,000 good samples, 200 attempts for the next two are less than a tenth of all."""
+    source = Breaks()
+    stream = data.batches(source, SMALL, 2)
+    for _ in range(1000):
+        next(stream)
+    source.broken = True
+    with pytest.raises(data.LoadingError, match="100 of 2,102 samples tried are bad: 100 OSError"):
+        next(stream)
+
+
 def test_more_than_a_tenth_of_bad_samples_ends_the_stream_with_the_counts(tmp_path):
     with pytest.raises(data.LoadingError, match=r"\d\d\d UnidentifiedImageError.*a\.tar"):
         first_batches(100, bad_shard(tmp_path / "a.tar", 5))
