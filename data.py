@@ -32,6 +32,7 @@ import signal
 import sys
 import tarfile
 import tempfile
+from array import array
 from collections import namedtuple
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
@@ -255,9 +256,9 @@ IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".t
 
 def read_bytes(place):
     """A path, bytes, or (tar, offset, size) -> bytes."""
-    if isinstance(place, bytes):
-        return place
-    path, offset, size = place if isinstance(place, tuple) else (place, 0, -1)
+    if not isinstance(place, tuple):
+        return place if isinstance(place, bytes) else Path(place).read_bytes()
+    path, offset, size = place
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(size)
@@ -329,9 +330,11 @@ class Source:
     no reference counts to update, so the loading workers share its memory."""
 
     def __init__(self, samples, folder="", skipped=None):
-        rows = [json.dumps(sample).encode() for sample in samples]
-        self.text, self.starts = b"".join(rows), np.cumsum([0, *map(len, rows)])
-        self.count, self.folder, self.skipped = len(rows), folder, skipped or {}
+        self.text, self.starts = bytearray(), array("q", [0])
+        for sample in samples:  # file names may not be UTF-8
+            self.text += json.dumps(sample, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            self.starts.append(len(self.text))
+        self.count, self.folder, self.skipped = len(self.starts) - 1, folder, skipped or {}
 
     def __len__(self):
         return self.count
@@ -439,12 +442,14 @@ def csv_rows(path):
         file.seek(0)
         table = csv.DictReader(file, **(tabs if "\t" in header else commas))
         try:
+            if not {"filepath", "title"} <= set(table.fieldnames or ()):
+                raise ValueError(f"columns {table.fieldnames}; filepath and title are needed")
             for row in table:
                 if None in row or any(SWALLOWED.search(field or "") for field in row.values()):
                     raise ValueError("more fields than columns, or an unclosed quotation mark")
                 yield (row["filepath"] or "").strip(), row["title"] or ""
         except Exception as error:
-            raise ValueError(f"line {table.reader.line_num}: {error!r}") from None
+            raise ValueError(f"line {table.reader.line_num}: {error}") from None
 
 # ---- tar shards --------------------------------------------------------------------------------
 
@@ -484,7 +489,7 @@ def scan_shard(path):
         rest = file.read(2**20)
     if len(rest) < 512 or any(rest):
         kind = "damaged shard" if end else "file that is no tar"  # such as a parquet file
-        add_skip(skipped, kind, f"{rest[:12]!r} at byte {end:,}")
+        add_skip(skipped, kind, f"{rest.lstrip(bytes(1))[:12]!r} after byte {end:,}")
     return members, skipped
 
 def index_shard(path):
@@ -511,6 +516,10 @@ def index_shard(path):
 
 load_index = lru_cache(64)(index_shard)  # a process keeps 64 indices in memory
 
+def summarize_shard(path):
+    rows, skipped = index_shard(path)
+    return len(rows), skipped
+
 class Shards(Source):
     """The samples of tar shards, one shard after the other. Raises LoadingError or OSError."""
 
@@ -518,8 +527,7 @@ class Shards(Source):
         load_index.cache_clear()
         print0(f"reading the index of {len(paths):,} shards")
         workers = min(len(paths), cores(16))
-        indices = load(paths, index_shard, batch_size=None, num_workers=workers)
-        counts, skips = zip(*[(len(rows), skipped) for rows, skipped in indices])
+        counts, skips = zip(*load(paths, summarize_shard, batch_size=None, num_workers=workers))
         self.paths, self.count, self.skipped = paths, sum(counts), merge_skips(skips)
         self.starts = np.cumsum([0, *counts])
 

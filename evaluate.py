@@ -285,7 +285,8 @@ def print_results(results):
 
 def pick_device(name=None):
     """A name, or None for the best device -> torch.device. Raises ValueError if it is missing."""
-    name = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    other = "mps" if torch.backends.mps.is_available() else "cpu"
+    name = name or ("cuda" if torch.cuda.is_available() else other)
     torch.set_float32_matmul_precision("highest")  # distances do not tolerate TF32
     torch.backends.cudnn.allow_tf32 = False
     with data.reading(f"--device {name}"):

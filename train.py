@@ -222,10 +222,10 @@ def train(c, checkpoint):
     began = since = time.monotonic()
     counted = start  # step of the last report, which was at the time `since`
     for step in range(start, steps):
-        signals, errors = zip(*gather((received, loading_error)))
-        if any(signals + errors):  # if one process must stop, all do
+        signaled, errors = zip(*gather((bool(received), loading_error)))
+        if any(signaled + errors):  # if one process must stop, all do
             save(path, model, optimizer, c, step, skipped, len(samples))
-            if not any(signals):  # a signal to all processes also ends the loading workers
+            if not any(signaled):  # a signal to all processes also ends the loading workers
                 raise next(filter(None, errors))
             return print0(f"stopped after step {step}; resume the run with --resume")
         lr = learning_rate(step, steps, c.lr, c.warmup)
@@ -334,7 +334,8 @@ def validate(c, done):
     if c.workers is None:
         c.workers = data.cores(processes=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     for wrong, message in (
-        (os.path.isfile(c.out_dir), f"--out_dir {c.out_dir} is not a folder"),
+        (os.path.exists(c.out_dir) and not os.path.isdir(c.out_dir),
+         f"--out_dir {c.out_dir} is not a folder"),
         (c.entailment_weight and not geometry.cones,
          f"--entailment_weight needs cones, but {c.geometry} has none; change --geometry"),
         (c.init_from and c.model, "--init_from determines the sizes; remove --model"),
@@ -406,7 +407,7 @@ def open_log(path, step):
     """-> log.jsonl without the reports after `step`, which will be written again. The file is
     locked until this process ends, so that no other run writes to the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    log = open(path, "a+b", buffering=0)  # a report is in the file as soon as it is written
+    log = open(path, "a+b")
     try:
         fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # worker processes do not inherit the lock
     except (BlockingIOError, PermissionError):
@@ -422,6 +423,7 @@ def open_log(path, step):
     if kept != lines:
         log.truncate(0)
         log.writelines(kept)
+        log.flush()
     return log
 
 def save(path, model, optimizer, c, step, skipped, data_size):
@@ -452,12 +454,13 @@ def print_start(c, model, device, steps, checkpoint, samples):
     if checkpoint:
         step, old = checkpoint["step"], checkpoint["optimizer"]["param_groups"][0]["lr"]
         new = learning_rate(step, steps, c.lr, c.warmup)
-        print0(f"resuming after step {step}; learning rate {old:.2g} before, {new:.2g} now")
+        print0(f"resuming after step {step}, with a learning rate of {old:.2g}, next {new:.2g}")
 
 def report(log, step, steps, values, text):
     """Report `values` in log.jsonl for programs, and the text on stdout for people."""
     if rank() == 0:
         log.write(json.dumps({"step": step} | values).encode() + b"\n")
+        log.flush()
         line = f"step {step}/{steps}  {text}"
         print0(textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False))
 
@@ -465,7 +468,7 @@ def describe_step(values, entailment_weight, seconds_left):
     text = f"loss {values['loss']:.4g}"
     if entailment_weight:
         text += f"  entailment {values['entailment']:.2f}  in cone {values['in_cone']:.0%}"
-    left = str(datetime.timedelta(seconds=int(seconds_left))).removeprefix("0:")
+    left = str(datetime.timedelta(seconds=int(min(seconds_left, 1e9)))).removeprefix("0:")
     text += f"  lr {values['lr']:.1e}  {values['samples_per_second']:,.0f} samples/s  {left} left"
     return text + (f"  skipped {values['skipped']}" if values["skipped"] else "")
 

@@ -612,13 +612,13 @@ def test_quotation_marks_in_a_tsv_are_letters(tmp_path):
 
 BAD_LISTS = {
     "comma.csv": ("filepath,title\n0.jpg,red\n1.jpg,red, and blue\n", "line 3"),
-    "semicolon.csv": ("filepath;title\n0.jpg;red\n", "line 2.*filepath"),
+    "semicolon.csv": ("filepath;title\n0.jpg;red\n", "line 1.*filepath"),
     "never_closes.csv": ('filepath,title\n0.jpg,"red\n1.jpg,blue\n', "line 3"),
     "closes_later.csv": ('filepath,title\n0.jpg,"red\n1.jpg,5"\n2.jpg,blue\n', "line 3"),
     "closes_later_cr.csv": ('filepath,title\r0.jpg,"red\r1.jpg,5"\r2.jpg,blue\r', "line"),
     "quote_within.csv": ('filepath,title\n0.jpg,"red" and blue\n', "line 2"),
     "huge_field.csv": ("filepath,title\n0.jpg," + "x" * 140_000, "line 2"),
-    "empty.csv": ("", ""),
+    "empty.csv": ("", "filepath"),
     "header_only.csv": ("filepath,title\n", ""),
     "latin.csv": ("filepath,title\n0.jpg,café".encode("latin-1"), ""),
     "utf16_without_mark.csv": ("filepath,title\n0.jpg,red".encode("utf-16-le"), ""),

@@ -784,3 +784,11 @@ def test_evaluation_by_several_processes_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         evaluate.parse_args(["ckpt.pt"])
     assert end.value.code == 2 and "without torchrun" in capsys.readouterr().err
+
+
+def test_captions_can_come_from_a_pipe():
+    reader, writer = os.pipe()
+    os.write(writer, b"a cat\na dog\n")
+    os.close(writer)
+    assert data.read_lines(f"/dev/fd/{reader}") == ["a cat", "a dog"]
+    os.close(reader)

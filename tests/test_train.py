@@ -176,12 +176,13 @@ def test_the_console_shows_skipped_samples_and_one_name_of_each_kind(
 
 @pytest.mark.parametrize("digits", [1, 7])
 def test_a_report_of_a_long_run_fits_100_columns(digits, capsys):
-    """Of three days and millions of steps, with cones and skipped samples."""
+    """Of three days or for ever, and millions of steps, with cones and skipped samples."""
     means = {"loss": 12.3456, "entailment": 1.234, "in_cone": 1.0, "lr": 1.5e-4,
              "samples_per_second": 123_456, "skipped": 10**digits - 1}
-    text = train.describe_step(means, 0.2, 3 * 24 * 3600 + 1)
-    train.report(io.BytesIO(), 1, 10**digits - 1, means, text)
-    console_of(capsys)
+    for seconds in (3 * 24 * 3600 + 1, 1e20):
+        text = train.describe_step(means, 0.2, seconds)
+        train.report(io.BytesIO(), 1, 10**digits - 1, means, text)
+        console_of(capsys)
 
 
 def test_the_loss_falls(tmp_path):
@@ -256,7 +257,7 @@ def test_a_resumed_run_says_the_learning_rate_before_and_now(
     in_process(*SHORT, "--lr", 1e-3, "--out_dir", tmp_path)
     signal_at(monkeypatch, step=8 if samples == 640 else 100)
     in_process("--resume", "--samples", samples, "--workers", 0, "--out_dir", tmp_path)
-    assert f"learning rate 0.00065 before, {now} now\n" in capsys.readouterr().out
+    assert f"a learning rate of 0.00065, next {now}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("geometry, source, workers", [
