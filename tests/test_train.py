@@ -57,9 +57,11 @@ def test_help_lists_every_flag(capsys):
         assert f"\n  --{f.name}" in shown and f.metadata["help"]
 
 
-def test_hyphens_are_taken_for_underscores():
-    c, _ = train.parse_args(["--batch-size", "16", "--entailment-weight=0.5", "--no-final_ln"])
+def test_hyphens_are_taken_for_underscores(tmp_path):
+    flags = ["--batch-size", "16", "--entailment-weight=0.5", "--no-final_ln"]
+    c, _ = train.parse_args([*flags, f"--out-dir={tmp_path}/my-run"])
     assert (c.batch_size, c.entailment_weight, c.final_ln) == (16, 0.5, False)
+    assert c.out_dir == f"{tmp_path}/my-run"
 
 
 BAD_FLAGS = [
