@@ -76,12 +76,14 @@ def zero_shot_metrics(similarity, images, classes, labels):
 
 def retrieval_metrics(similarity, images, texts, pairs):
     """images (N, D), texts (M, D), pairs int64 (P, 2): indices of an image and of a text that
-    belong together, any number per image and per text -> dict.
+    belong together, any number per image and per text; or (M,): the image of each text -> dict.
 
     i2t_r1, ...: fraction of images with texts that have any of their texts in the top k.
     t2i_r1, ...: fraction of texts that have any of their images in the top k.
     mean_r1: mean of i2t_r1 and t2i_r1."""
     out, chance, pairs = {}, {}, pairs.cpu()
+    if pairs.ndim == 1:
+        pairs = torch.stack([pairs, torch.arange(len(pairs))], dim=1)
     for name, queries, candidates, matches in (("i2t", images, texts, pairs),
                                                ("t2i", texts, images, pairs.flip(1))):
         total, right = len(candidates), torch.bincount(matches[:, 0], minlength=len(queries))
