@@ -390,7 +390,7 @@ def open_source(source):
     return samples
 
 def list_files(folder):
-    """-> sorted names of all files below the folder, relative to it."""
+    """-> sorted names of all visible files below the folder, relative to it."""
     names, visited = [], set()
     for path, folders, files in os.walk(folder, followlinks=True):
         if os.path.realpath(path) in visited:  # links may form a loop
@@ -407,7 +407,7 @@ def pair_up(names, skipped):
     """Yields (image, text, whether that is a .json) of file names that differ only in the
     extension. The text is a .txt or, if there is none, a .json. Others are skipped."""
     samples = {}
-    for name in itertools.filterfalse(is_hidden, names):
+    for name in names:
         key, extension = os.path.splitext(name)
         kind = "image" if extension.lower() in IMAGES else f"{extension.lower() or 'other'} file"
         samples.setdefault(key, {}).setdefault(kind, name)
@@ -503,7 +503,7 @@ def index_shard(path):
     with suppress(Exception):  # the cached file may be missing or damaged
         return torch.load(file, weights_only=True)
     members, skipped = scan_shard(path)
-    pairs = pair_up(members, skipped)
+    pairs = pair_up(itertools.filterfalse(is_hidden, members), skipped)
     rows = [(*members[image], *members[text], in_json) for image, text, in_json in pairs]
     skipped = {kind: [count, f"{path}: {name}"] for kind, (count, name) in skipped.items()}
     index = torch.tensor(rows, dtype=torch.int64).view(-1, 5), skipped
